@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kelix_rt.ops import _library  # noqa: F401  loads the native library
+from kelix_rt.ops.norm import rms_norm_ref
 
 ACT_NONE, ACT_SILU, ACT_GELU = 0, 1, 2
 
@@ -19,11 +19,10 @@ ACT_NONE, ACT_SILU, ACT_GELU = 0, 1, 2
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LN(x) * (1 + scale) + shift, LN over the last dimension without weight or bias.
 
-    x [B, N, C]; shift, scale [B, C], broadcast over N, of x's dtype. Returns [B, N, C] of x's dtype,
+    x [B, N, C]; shift, scale [B, C], broadcast over N; all of one dtype. Returns [B, N, C],
     rounded once. The variance is the biased one.
     """
-    out: Tensor = torch.ops.kelix.modulate(x, shift, scale, eps)
-    return out
+    return torch.ops.kelix.modulate(x, shift, scale, eps)
 
 
 def modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -60,18 +59,7 @@ def relu_linear_attention(
         S = sum_n k_n^T v_n     z = sum_n k_n     out_n = q_n S / (q_n . z + eps)
     with q and k after norm and ReLU. A query that is all zero gives zero. Returns [B, N, C].
     """
-    out: Tensor = torch.ops.kelix.relu_linear_attention(
-        qkv, q_norm, k_norm, head_dim, norm_eps, eps
-    )
-    return out
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if weight is None:
-        return x
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight.to(x.dtype)
+    return torch.ops.kelix.relu_linear_attention(qkv, q_norm, k_norm, head_dim, norm_eps, eps)
 
 
 def relu_linear_attention_ref(
@@ -84,8 +72,11 @@ def relu_linear_attention_ref(
 ) -> Tensor:
     """Plain-torch reference of `relu_linear_attention`."""
     q, k, v = qkv.chunk(3, dim=-1)
-    q = _rms_norm(q, q_norm, norm_eps).relu()
-    k = _rms_norm(k, k_norm, norm_eps).relu()
+    if q_norm is not None:
+        q = rms_norm_ref(q, q_norm, norm_eps)
+    if k_norm is not None:
+        k = rms_norm_ref(k, k_norm, norm_eps)
+    q, k = q.relu(), k.relu()
     q, k, v = (t.float().unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
     state = k.transpose(-1, -2) @ v
     weight = q @ k.sum(2).unsqueeze(-1)
@@ -107,8 +98,7 @@ def depthwise_glu(
     activation): out = y[..., :M] * act_gate(y[..., M:]). Activations: 0 none, 1 SiLU,
     2 GELU (exact, erf). Returns [B, H, W, M].
     """
-    out: Tensor = torch.ops.kelix.depthwise_glu(x, weight, bias, pre_act, gate_act)
-    return out
+    return torch.ops.kelix.depthwise_glu(x, weight, bias, pre_act, gate_act)
 
 
 def _activate(x: Tensor, act: int) -> Tensor:
