@@ -1,0 +1,96 @@
+// The only file that knows CUDA intrinsics. Kernels call these wrappers, so that the same source
+// can run elsewhere, and never see torch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace kelix {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+inline constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float v) {
+  return __float2half_rn(v);
+}
+
+template <class T>
+__device__ __forceinline__ float round_to(float v) {
+  return to_float(from_float<T>(v));
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, shuffle_xor(value, offset));
+  }
+  return value;
+}
+
+// Sum over the CTA, the same value in every thread. `scratch` holds one float per warp.
+__device__ __forceinline__ float cta_sum(float value, float* scratch) {
+  value = warp_sum(value);
+  __syncthreads();  // scratch may still be read from an earlier call
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  float total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) total += scratch[warp];
+  return total;
+}
+
+// Calls f(T{}) with the storage type of `dtype`.
+template <class F>
+void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      f(float{});
+      break;
+    case DType::kBFloat16:
+      f(bf16{});
+      break;
+    case DType::kFloat16:
+      f(f16{});
+      break;
+  }
+}
+
+// The last launch error as text, or null.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace kelix

@@ -1,0 +1,61 @@
+// RMSNorm (with the residual add) and LayerNorm: one CTA per row, float32 statistics.
+#pragma once
+
+#include "common/device.cuh"
+#include "common/norm.h"
+
+namespace kelix::cuda {
+
+inline constexpr int kNormThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
+  __shared__ float scratch[kNormThreads / kWarpSize];
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * args.cols;
+  const T* x = static_cast<const T*>(args.x) + offset;
+  T* residual = args.residual != nullptr ? static_cast<T*>(args.residual) + offset : nullptr;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* y = static_cast<T*>(args.y) + offset;
+
+  float square_sum = 0;
+  for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
+    float v = to_float(x[c]);
+    if (residual != nullptr) {
+      residual[c] = from_float<T>(to_float(residual[c]) + v);
+      v = to_float(residual[c]);
+    }
+    square_sum += v * v;
+  }
+  const float scale = rsqrtf(cta_sum(square_sum, scratch) / args.cols + args.eps);
+  const T* source = residual != nullptr ? residual : x;
+  for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
+    y[c] = from_float<T>(round_to<T>(to_float(source[c]) * scale) * to_float(weight[c]));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(LayerNormArgs args) {
+  __shared__ float scratch[kNormThreads / kWarpSize];
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * args.cols;
+  const T* x = static_cast<const T*>(args.x) + offset;
+  const T* weight = static_cast<const T*>(args.weight);
+  const T* bias = static_cast<const T*>(args.bias);
+  T* y = static_cast<T*>(args.y) + offset;
+
+  float sum = 0;
+  for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) sum += to_float(x[c]);
+  const float mean = cta_sum(sum, scratch) / args.cols;
+  float square_sum = 0;
+  for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
+    const float v = to_float(x[c]) - mean;
+    square_sum += v * v;
+  }
+  const float scale = rsqrtf(cta_sum(square_sum, scratch) / args.cols + args.eps);
+  for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
+    const float gain = weight != nullptr ? to_float(weight[c]) : 1.0f;
+    const float shift = bias != nullptr ? to_float(bias[c]) : 0.0f;
+    y[c] = from_float<T>((to_float(x[c]) - mean) * scale * gain + shift);
+  }
+}
+
+}  // namespace kelix::cuda

@@ -1,0 +1,56 @@
+// What every operator needs between its checks and its kernel: contiguous inputs, fresh outputs,
+// the parallel loop of the CPU and the stream of the GPU.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/parallel.h"
+#include "ops/check.h"
+
+namespace kelix {
+
+// The tensor itself when it is contiguous: the dispatcher costs more than a small kernel.
+Tensor dense(const Tensor& tensor);
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor);
+
+// A fresh contiguous tensor on the device of `like`.
+Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
+Tensor new_like(const Tensor& like);
+
+inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+inline const void* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// torch's thread pool.
+ParallelFor torch_parallel_for();
+
+// PyTorch's current stream of the device the tensor is on; an error where this torch has no CUDA.
+void* current_stream(const Tensor& tensor);
+
+// Whether libtorch_cuda is loaded in this process.
+bool torch_has_cuda();
+
+// Throws when a launcher returned an error text.
+void check_launch(const char* op, const char* error);
+
+[[noreturn]] void throw_built_without_cuda(const char* op);
+
+}  // namespace kelix
+
+// Runs the CUDA launcher `function` of kelix::cuda on the current stream. Built without nvcc, it
+// says how to build with it: a CUDA tensor never falls back to something slow and silent.
+#ifdef KELIX_CUDA
+#define KELIX_LAUNCH_CUDA(op, tensor, function, args)                                          \
+  do {                                                                                         \
+    torch::stable::accelerator::DeviceGuard device_guard((tensor).get_device_index());         \
+    ::kelix::check_launch(op, ::kelix::cuda::function(args, ::kelix::current_stream(tensor))); \
+  } while (false)
+#else
+#define KELIX_LAUNCH_CUDA(op, tensor, function, args) ::kelix::throw_built_without_cuda(op)
+#endif

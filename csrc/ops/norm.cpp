@@ -1,0 +1,102 @@
+// rms_norm, add_rms_norm, layer_norm.
+#include "cpu/norm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "kernels/norm.h"
+#include "ops/launch.h"
+
+namespace kelix {
+namespace {
+
+// Rows worth a thread of their own: about 16 k elements.
+int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
+
+int64_t row_count(const Tensor& x) { return x.size(-1) > 0 ? x.numel() / x.size(-1) : 0; }
+
+Tensor run_rms_norm(const char* op, const Tensor& x, std::optional<Tensor> residual,
+                    const Tensor& weight, double eps) {
+  const Tensor input = dense(x);
+  const Tensor gain = dense(weight);
+  Tensor y = new_like(input);
+  const RmsNormArgs args{data(input),
+                         residual ? residual->mutable_data_ptr() : nullptr,
+                         data(gain),
+                         y.mutable_data_ptr(),
+                         row_count(input),
+                         input.size(-1),
+                         static_cast<float>(eps),
+                         Check(op).storage(input, "x").storage_type()};
+  if (input.is_cuda()) {
+    KELIX_LAUNCH_CUDA(op, input, rms_norm, args);
+  } else {
+    const auto kernel = KELIX_CPU(rms_norm);
+    torch_parallel_for()(args.rows, row_grain(args.cols),
+                         [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+  return y;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  Check("rms_norm")
+      .shape(x, "x", {"...", "D"})
+      .shape(weight, "weight", {"D"})
+      .storage(x, "x")
+      .storage(weight, "weight");
+  return run_rms_norm("rms_norm", x, std::nullopt, weight, eps);
+}
+
+Tensor add_rms_norm(Tensor residual, const Tensor& x, const Tensor& weight, double eps) {
+  Check check("add_rms_norm");
+  check.shape(residual, "residual", {"...", "D"})
+      .shape(x, "x", {"...", "D"})
+      .shape(weight, "weight", {"D"})
+      .storage(residual, "residual")
+      .storage(x, "x")
+      .storage(weight, "weight")
+      .contiguous(residual, "residual")
+      .rule(x.sizes() == residual.sizes(), "x",
+            "must have the shape of residual " + shape_text(residual), shape_text(x));
+  return run_rms_norm("add_rms_norm", x, residual, weight, eps);
+}
+
+Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, double eps) {
+  Check check("layer_norm");
+  check.shape(x, "x", {"...", "D"}).storage(x, "x");
+  if (weight) check.shape(*weight, "weight", {"D"}).storage(*weight, "weight");
+  if (bias) check.shape(*bias, "bias", {"D"}).storage(*bias, "bias");
+  const Tensor input = dense(x);
+  const auto gain = dense(weight);
+  const auto shift = dense(bias);
+  Tensor y = new_like(input);
+  const LayerNormArgs args{data(input),
+                           data(gain),
+                           data(shift),
+                           y.mutable_data_ptr(),
+                           row_count(input),
+                           input.size(-1),
+                           static_cast<float>(eps),
+                           check.storage_type()};
+  if (input.is_cuda()) {
+    KELIX_LAUNCH_CUDA("layer_norm", input, layer_norm, args);
+  } else {
+    const auto kernel = KELIX_CPU(layer_norm);
+    torch_parallel_for()(args.rows, row_grain(args.cols),
+                         [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace kelix
+
+#define KELIX_IMPL_NORM(m)                                 \
+  m.impl("rms_norm", TORCH_BOX(&kelix::rms_norm));         \
+  m.impl("add_rms_norm", TORCH_BOX(&kelix::add_rms_norm)); \
+  m.impl("layer_norm", TORCH_BOX(&kelix::layer_norm))
+
+STABLE_TORCH_LIBRARY_IMPL(kelix, CPU, m) { KELIX_IMPL_NORM(m); }
+STABLE_TORCH_LIBRARY_IMPL(kelix, CUDA, m) { KELIX_IMPL_NORM(m); }

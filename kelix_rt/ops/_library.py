@@ -1,0 +1,30 @@
+"""Loads the native operators (`torch.ops.kelix.*`) once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kelix_rt.errors import NativeError
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi.so"
+
+
+def load() -> None:
+    """Load the operator library; NativeError when it was never built or does not fit this torch."""
+    if not LIBRARY.exists():
+        raise NativeError(
+            f"kelix_rt: {LIBRARY.name} is not built; run `pip install -e .` or "
+            "`python setup.py native` in the source directory"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise NativeError(
+            f"kelix_rt: {LIBRARY.name} does not load under torch {torch.__version__} "
+            f"(needs torch >= 2.10): {error}"
+        ) from error
+
+
+load()

@@ -1,0 +1,132 @@
+"""Drives CMake and Ninja, the only build description; metadata lives in pyproject.toml.
+
+`pip install .` works inside pip's build isolation although torch is not a build requirement: the
+environment's torch is found without importing it.  `python setup.py native` rebuilds in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
+
+
+def environment_package(name: str) -> Path | None:
+    """Directory of an installed package, also from inside pip's build isolation.
+
+    Isolation hides the environment through PYTHONPATH, which `python -I` ignores.
+    """
+    probe = (
+        "import importlib.util as u; s = u.find_spec('%s');"
+        "print(list(s.submodule_search_locations)[0] if s else '')" % name
+    )
+    spec = importlib.util.find_spec(name)
+    if spec and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    found = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True)
+    where = found.stdout.strip()
+    return Path(where) if found.returncode == 0 and where else None
+
+
+def cuda_root() -> Path | None:
+    """The CUDA toolkit to build with: CUDA_HOME, CUDA_PATH, /usr/local/cuda, pip's, then PATH."""
+    if os.environ.get("KELIX_CUDA", "auto") == "0":
+        return None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvidia = environment_package("nvidia")
+    if nvidia:
+        candidates.append(str(nvidia / "cu13"))
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(str(Path(on_path).resolve().parent.parent))
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin" / "nvcc").exists():
+            return Path(candidate)
+    if os.environ.get("KELIX_CUDA") == "1":
+        raise SystemExit("KELIX_CUDA=1 but no nvcc: pip install '.[cuda]' or set CUDA_HOME")
+    return None
+
+
+def build_native(output: Path) -> None:
+    """Configure and build both libraries into `output`; a second run compiles what changed."""
+    torch = environment_package("torch")
+    if torch is None:
+        raise SystemExit("kelix_rt needs torch installed first: pip install 'torch>=2.10'")
+    cuda = cuda_root()
+    build = ROOT / "build" / f"{'cuda' if cuda else 'cpu'}-{sysconfig.get_config_var('SOABI')}"
+    options = {
+        "TORCH_DIR": torch,
+        "CUDA_ROOT": cuda or "",
+        "OUTPUT_DIR": output,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": _pybind11_dir(),
+    }
+    if "KELIX_CUDA_ARCHS" in os.environ:
+        options["CUDA_ARCHS"] = os.environ["KELIX_CUDA_ARCHS"]
+    # Isolated builds put ninja in a directory that is gone afterwards: forget the remembered path.
+    ninja = shutil.which("ninja") or "ninja"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *(f"-D{k}={v}" for k, v in options.items())]
+    print(f"kelix_rt: building {'CPU and CUDA' if cuda else 'CPU'} operators with torch at {torch}")
+    if not cuda:
+        print("kelix_rt: no nvcc found, CUDA tensors will be refused (pip install '.[cuda]')")
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
+    for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit(f"kelix_rt: the native build failed at `{' '.join(command[:3])} ...`")
+
+
+def _pybind11_dir() -> str:
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+class BuildPy(build_py):
+    """Put the libraries into the wheel's copy of the package."""
+
+    def run(self) -> None:
+        super().run()
+        in_place = getattr(self, "editable_mode", False)
+        package = ROOT / "kelix_rt" if in_place else Path(self.build_lib) / "kelix_rt"
+        build_native(package.resolve())
+
+
+class EditableWheel(editable_wheel):
+    """`pip install -e .`: the libraries go next to the sources."""
+
+
+class Native(Command):
+    """`python setup.py native`: rebuild the libraries in place."""
+
+    user_options: list[tuple[str, str, str]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        build_native(ROOT / "kelix_rt")
+
+
+class BinaryDistribution(Distribution):
+    """The wheel holds native libraries."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    distclass=BinaryDistribution,
+    cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel, "native": Native},
+)
