@@ -74,7 +74,8 @@ class SamplingParams:
     min_p in [0, 1]: drop ids below min_p times the largest probability.
     seed: draws depend on (seed, index of the generated block, slot) only; None lets the engine
         derive one from its own seed and a counter of requests.
-    max_blocks: exact cap on the number of generated blocks.
+    max_blocks: exact cap on the number of generated blocks; None takes 256, or for drawing twice
+        the engine's max_condition_length plus 10, and no more than the model has positions for.
     stop_ids: first ids that end the request like end-of-sequence does. Neither is looked for in
         the first generated block, as in the release. ignore_eos: never stop at end-of-sequence.
     visual: overrides for the slots 1..N-1, which hold nothing but visual codes: one for all of
@@ -88,7 +89,7 @@ class SamplingParams:
     top_p: float = 0.9
     min_p: float = 0.0
     seed: int | None = None
-    max_blocks: int = 256
+    max_blocks: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     visual: SlotSampling | tuple[SlotSampling | None, ...] | None = None
@@ -100,7 +101,8 @@ class SamplingParams:
             if getattr(self, name) is None:
                 raise InputError(f"{owner}.{name} must be a number, got None")
         _check_distribution(owner, self.temperature, self.top_k, self.top_p, self.min_p)
-        _check_integer(owner, "max_blocks", self.max_blocks, 1, 1 << 30)
+        if self.max_blocks is not None:
+            _check_integer(owner, "max_blocks", self.max_blocks, 1, 1 << 30)
         if self.seed is not None:
             _check_integer(owner, "seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
         if not isinstance(self.stop_ids, tuple):

@@ -1,0 +1,183 @@
+"""Packs a block step into one host buffer and moves it to the device in one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kelix_rt.models.backbone import StepContext
+from kelix_rt.scheduler import BlockPlan, Span
+from kelix_rt.stages.generate import BlockBatch
+
+if TYPE_CHECKING:
+    from kelix_rt._host import PagePool
+
+ALIGNMENT = 16
+MAX_LAYOUTS = 256
+_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Views of one combination of sizes: numpy on the host buffer, torch on the device buffer."""
+
+    used: int
+    host: dict[str, np.ndarray]
+    batch: BlockBatch
+
+
+class StepBuffer:
+    """Reusable buffers of the block steps of one engine.
+
+    The tensors of a batch are views at fixed addresses that depend on its sizes only; they hold
+    until the next pack(). On a CPU host and device buffer are the same memory.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_tokens: int,
+        max_batch: int,
+        max_positions: int,
+        device: torch.device,
+    ) -> None:
+        self.pool = pool
+        self.width = pool.row_width
+        pages = -(-max_positions // pool.page_size)
+        sizes = self._sections(max_tokens, max_batch, max_batch, max_tokens, pages)
+        capacity = sum(_aligned(dtype, shape) for dtype, shape in sizes.values())
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
+        self._device = self._host if not pinned else torch.zeros_like(self._host, device=device)
+        self._copied = torch.cuda.Event() if pinned else None
+        self._layouts: dict[tuple[int, ...], _Layout] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        return self._device.numel()
+
+    def pack(self, plan: BlockPlan) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
+        """The batch of a plan, the spans in the order of its block rows, and what is kept.
+
+        The last value pairs spans with their number of kept hidden rows, in order.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # the previous copy must have left the host buffer
+        spans = plan.spans
+        drawn = [s for s in spans if s.wants_block and s.sequence.sampling.rule == "ancestral"]
+        ancestral = len(drawn)
+        drawn += [s for s in spans if s.wants_block and s.sequence.sampling.rule == "reference"]
+        keeps = [span.sequence.new_hidden(span.start, span.end) for span in spans]
+        total = sum(span.count for span in spans)
+        kept = sum(len(keep) for keep in keeps)
+        width = -(-max(span.end for span in spans) // self.pool.page_size)
+        layout = self._layout(total, len(spans), len(drawn), kept, width, ancestral)
+        self._fill(layout.host, spans, drawn, keeps)
+        if self._copied is not None:
+            used = slice(0, layout.used)
+            self._device[used].copy_(self._host[used], non_blocking=True)
+            self._copied.record()
+        kept_spans = [(span, len(keep)) for span, keep in zip(spans, keeps, strict=True) if keep]
+        return layout.batch, drawn, kept_spans
+
+    def _fill(
+        self,
+        host: dict[str, np.ndarray],
+        spans: tuple[Span, ...],
+        drawn: list[Span],
+        keeps: list[range],
+    ) -> None:
+        ids, positions, query_start = host["ids"], host["positions"], host["query_start"]
+        row_of, keep_rows = {}, host["keep_rows"]
+        row = kept = 0
+        for index, (span, keep) in enumerate(zip(spans, keeps, strict=True)):
+            end = row + span.count
+            ids[row:end] = span.sequence.rows[span.start : span.end]
+            positions[row:end] = np.arange(span.start, span.end)
+            query_start[index] = row
+            host["context_lens"][index] = span.end
+            if keep:
+                first = row + keep.start - span.start
+                keep_rows[kept : kept + len(keep)] = np.arange(first, first + len(keep))
+                kept += len(keep)
+            row = end
+            row_of[span.sequence] = row - 1
+        query_start[len(spans)] = row
+
+        table, page = host["page_table"], self.pool.page_size
+        self.pool.write_page_tables([span.sequence.handle for span in spans], table)
+        lengths = np.diff(query_start)
+        owners = np.repeat(np.arange(len(spans)), lengths)
+        host["slots"][:] = table[owners, positions // page].astype(np.int64) * page
+        host["slots"] += positions % page
+
+        for index, span in enumerate(drawn):
+            sequence = span.sequence
+            host["block_rows"][index] = row_of[sequence]
+            host["params"][index] = sequence.table
+            host["seeds"][index] = sequence.seed
+            host["steps"][index] = sequence.generated
+
+    def _sections(
+        self, tokens: int, spans: int, blocks: int, kept: int, pages: int
+    ) -> dict[str, tuple[type, tuple[int, ...]]]:
+        return {
+            "ids": (np.int64, (tokens, self.width)),
+            "slots": (np.int64, (tokens,)),
+            "block_rows": (np.int64, (blocks,)),
+            "seeds": (np.int64, (blocks,)),
+            "steps": (np.int64, (blocks,)),
+            "keep_rows": (np.int64, (kept,)),
+            "positions": (np.int32, (tokens,)),
+            "context_lens": (np.int32, (spans,)),
+            "query_start": (np.int32, (spans + 1,)),
+            "page_table": (np.int32, (spans, pages)),
+            "params": (np.float32, (blocks, self.width, 4)),
+        }
+
+    def _layout(self, *key: int) -> _Layout:
+        found = self._layouts.get(key)
+        if found is not None:
+            return found
+        if len(self._layouts) >= MAX_LAYOUTS:
+            self._layouts.clear()
+        host: dict[str, np.ndarray] = {}
+        device: dict[str, Tensor] = {}
+        offset = 0
+        for name, (dtype, shape) in self._sections(*key[:5]).items():
+            used = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            part = slice(offset, offset + used)
+            host[name] = self._host.numpy()[part].view(dtype).reshape(shape)
+            device[name] = self._device[part].view(_DTYPES[dtype]).view(shape)
+            offset += _aligned(dtype, shape)
+        context = StepContext(
+            positions=device["positions"],
+            slots=device["slots"],
+            page_table=device["page_table"],
+            context_lens=device["context_lens"],
+            query_start=device["query_start"],
+        )
+        batch = BlockBatch(
+            ids=device["ids"],
+            context=context,
+            block_rows=device["block_rows"],
+            params=device["params"],
+            seeds=device["seeds"],
+            steps=device["steps"],
+            keep_rows=device["keep_rows"],
+            num_ancestral=key[5],
+        )
+        layout = _Layout(offset, host, batch)
+        self._layouts[key] = layout
+        return layout
+
+
+def _aligned(dtype: type, shape: tuple[int, ...]) -> int:
+    used = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return -(-used // ALIGNMENT) * ALIGNMENT

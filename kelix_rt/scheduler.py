@@ -1,0 +1,247 @@
+"""Decides what the next step computes: images to encode, rows of blocks, or denoise steps.
+
+The three kinds of work take turns while they have something to do, so a long prompt, a running
+reply and an image in the making share the device. Inside a block step, rows that decode come
+first and prompts fill the rest of the budget in chunks. When pages run out, the request admitted
+last gives its pages back and is computed again later. No torch here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from kelix_rt.errors import CapacityError
+from kelix_rt.sequence import Sequence
+
+if TYPE_CHECKING:
+    from kelix_rt._host import PagePool
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows start..start+count of a sequence in a step; wants_block: its last row yields one."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    wants_block: bool
+
+    @property
+    def end(self) -> int:
+        """One past the last row."""
+        return self.start + self.count
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """Turn the images of these requests into codes."""
+
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Run the language model over these rows."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """The sequences of the spans, in order."""
+        return tuple(span.sequence for span in self.spans)
+
+
+@dataclass(frozen=True)
+class RenderPlan:
+    """Take one denoise step for each of these requests."""
+
+    sequences: tuple[Sequence, ...]
+
+
+StepPlan: TypeAlias = EncodePlan | BlockPlan | RenderPlan
+
+
+class Scheduler:
+    """Holds every unfinished request in one of four queues and the pages in the pool."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_batch: int,
+        max_step_tokens: int,
+        prefix_cache: bool,
+        max_render_batch: int = 8,
+    ) -> None:
+        self.pool = pool
+        self.max_batch = max_batch
+        self.max_step_tokens = max_step_tokens
+        self.prefix_cache = prefix_cache
+        self.max_render_batch = max_render_batch
+        self.to_encode: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.rendering: deque[Sequence] = deque()
+        self._planners: deque[Callable[[], StepPlan | None]] = deque(
+            (self._plan_encode, self._plan_blocks, self._plan_render)
+        )
+        self._blocked: tuple[Sequence, int, int] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.waiting or self.running or self.rendering)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a request. CapacityError when it could not run even alone."""
+        pages = self._pages(sequence.max_positions)
+        if pages > self.pool.num_pages:
+            raise CapacityError(
+                f"request: {sequence.prompt_length} prompt blocks and max_blocks="
+                f"{sequence.ends.max_blocks} need {pages} KV pages of {self.pool.page_size}, but "
+                f"there are {self.pool.num_pages}; lower max_blocks or raise num_pages"
+            )
+        self.waiting.append(sequence)
+        if sequence.pixels is not None:
+            self.to_encode.append(sequence)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when every request is finished."""
+        for _ in range(len(self._planners)):
+            self._planners.rotate(-1)
+            plan = self._planners[0]()
+            if plan is not None:
+                return plan
+        return None
+
+    def advance(self, plan: BlockPlan) -> None:
+        """Books the rows of a block step that has run; full pages become shareable."""
+        page_size = self.pool.page_size
+        for span in plan.spans:
+            sequence = span.sequence
+            if sequence.handle is None:  # aborted or failed meanwhile
+                continue
+            sequence.advance(span.count)
+            if self.prefix_cache and span.start // page_size != sequence.computed // page_size:
+                self.pool.commit(sequence.handle, sequence.rows[: sequence.computed])
+
+    def start_render(self, sequence: Sequence) -> None:
+        """Moves a sequence whose condition is ready to the denoise queue; frees its pages."""
+        self.remove(sequence)
+        self.rendering.append(sequence)
+
+    def encoded(self, sequence: Sequence) -> None:
+        """Books that the images of a sequence are codes now."""
+        sequence.pixels = None
+        self.to_encode.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out of every queue and gives its pages back; at any time."""
+        for queue in (self.to_encode, self.waiting, self.running, self.rendering):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
+
+    def _plan_encode(self) -> EncodePlan | None:
+        return EncodePlan((self.to_encode[0],)) if self.to_encode else None
+
+    def _plan_render(self) -> RenderPlan | None:
+        if not self.rendering:
+            return None
+        batch = tuple(self.rendering)[: self.max_render_batch]
+        self.rendering.rotate(-len(batch))
+        return RenderPlan(batch)
+
+    def _plan_blocks(self) -> BlockPlan | None:
+        spans: dict[Sequence, Span] = {}
+        budget = self.max_step_tokens
+        # Decoding rows first. Admission needs budget to spare, so there is one left for each.
+        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
+            if budget == 0:
+                break
+            if sequence.handle is None:  # preempted by one before it
+                continue
+            count = min(sequence.pending, budget)
+            while not self._grow(sequence, sequence.computed + count):
+                victim = self.running[-1]
+                self._preempt(victim)
+                taken = spans.pop(victim, None)
+                budget += taken.count if taken else 0
+                if victim is sequence:
+                    break
+            if sequence.handle is not None:
+                spans[sequence] = self._span(sequence, count)
+                budget -= count
+        budget = self._admit_waiting(spans, budget)
+        return BlockPlan(tuple(spans.values())) if spans else None
+
+    def _admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
+        while self.waiting and budget and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if sequence.pixels is not None or not self._admit(sequence):
+                break
+            count = min(sequence.pending, budget)
+            if not self._grow(sequence, sequence.computed + count):
+                raise RuntimeError("scheduler: the pool refused pages it had counted as available")
+            self.waiting.popleft()
+            self.running.append(sequence)
+            spans[sequence] = self._span(sequence, count)
+            budget -= count
+        return budget
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Takes the cached prefix if all known rows and one page for each running one fit."""
+        if self.running and self._blocked == self._admission_key(sequence):
+            return False  # nothing changed since the last try
+        rows = sequence.rows[: self._shareable(sequence)] if self.prefix_cache else None
+        handle, matched = self.pool.add(rows)
+        needed = self._pages(sequence.length) - self._pages(matched) + len(self.running)
+        if needed > self.pool.num_available:
+            self.pool.release(handle)
+            self._blocked = self._admission_key(sequence)
+            return False
+        self._blocked = None
+        sequence.handle = handle
+        sequence.computed = matched
+        if sequence.preemptions == 0:
+            sequence.cached = matched
+        sequence.admitted = sequence.admitted or time.perf_counter()
+        return True
+
+    def _admission_key(self, sequence: Sequence) -> tuple[Sequence, int, int]:
+        return sequence, self.pool.num_available, len(self.running)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Rows offered to the prefix cache; it never matches the last one of them.
+
+        Rows whose hidden state is still wanted have to be computed.
+        """
+        if sequence.hidden_from is None:
+            return sequence.length
+        return min(sequence.length, sequence.hidden_from + sequence.hidden_count + 1)
+
+    def _span(self, sequence: Sequence, count: int) -> Span:
+        end = sequence.computed + count
+        return Span(sequence, sequence.computed, count, sequence.wants_block(end))
+
+    def _grow(self, sequence: Sequence, rows: int) -> bool:
+        return sequence.handle is not None and self.pool.grow(sequence.handle, rows)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.handle is not None:
+            self.pool.release(sequence.handle)
+        sequence.handle = None
+        sequence.computed = 0
+
+    def _pages(self, rows: int) -> int:
+        return -(-rows // self.pool.page_size)

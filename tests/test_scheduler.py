@@ -1,0 +1,257 @@
+"""The scheduler against a pretended model: fairness, paging, preemption, nothing leaks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kelix_rt._host import PagePool
+
+from kelix_rt.errors import CapacityError
+from kelix_rt.request import RenderParams, SamplingParams
+from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler
+from kelix_rt.sequence import EndRules, Sequence
+
+WIDTH = 3
+PAGE = 4
+EOS = 7
+IMAGE_END = 8
+
+
+def make_scheduler(num_pages: int = 64, **options: object) -> Scheduler:
+    values: dict = {"max_batch": 8, "max_step_tokens": 16, "prefix_cache": True} | options
+    return Scheduler(PagePool(num_pages, PAGE, WIDTH), **values)
+
+
+def make_sequence(
+    number: int, prompt: int = 5, max_blocks: int = 6, *, draw: bool = False, base: int = 100
+) -> Sequence:
+    rows = np.full((prompt, WIDTH), 1, dtype=np.int64)
+    rows[:, 0] = base + np.arange(prompt)
+    ends = EndRules(frozenset({EOS}), max_blocks, IMAGE_END if draw else None)
+    render = RenderParams(steps=1) if draw else None
+    hidden = prompt - 1 if draw else None
+    return Sequence(number, rows, SamplingParams(), 0, ends, render=render, hidden_from=hidden)
+
+
+def next_block(sequence: Sequence) -> np.ndarray:
+    """A pretended model: the block depends on the request and its index only."""
+    if sequence.draws and sequence.generated == 2:
+        return np.array([IMAGE_END, 0, 0])
+    return np.array([1000 + 10 * sequence.request_id + sequence.generated, 0, 0])
+
+
+def run_blocks(scheduler: Scheduler, plan: BlockPlan) -> None:
+    assert 0 < sum(span.count for span in plan.spans) <= scheduler.max_step_tokens
+    assert len({span.sequence for span in plan.spans}) == len(plan.spans)
+    for span in plan.spans:
+        assert span.start == span.sequence.computed
+        assert scheduler.pool.num_rows(span.sequence.handle) >= span.end
+        span.sequence.hidden_count += len(span.sequence.new_hidden(span.start, span.end))
+    scheduler.advance(plan)
+    for span in plan.spans:
+        sequence = span.sequence
+        if span.wants_block:
+            sequence.append(next_block(sequence))
+        if sequence.finish_reason is not None:
+            if sequence.draws:
+                scheduler.start_render(sequence)
+            else:
+                scheduler.remove(sequence)
+    scheduler.pool.check()
+
+
+def run_all(scheduler: Scheduler, limit: int = 2000) -> list[object]:
+    plans: list[object] = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert plan is not None, "work is left but nothing is planned"
+        plans.append(plan)
+        assert len(plans) < limit, "no progress"
+        if isinstance(plan, BlockPlan):
+            run_blocks(scheduler, plan)
+        elif isinstance(plan, RenderPlan):
+            for sequence in plan.sequences:
+                scheduler.remove(sequence)
+        else:
+            assert isinstance(plan, EncodePlan)
+            scheduler.encoded(plan.sequences[0])
+    assert scheduler.schedule() is None
+    assert scheduler.pool.num_used == 0
+    assert scheduler.pool.num_sequences == 0
+    return plans
+
+
+def test_a_long_prompt_is_computed_in_chunks() -> None:
+    scheduler = make_scheduler(max_step_tokens=3)
+    sequence = make_sequence(1, prompt=8, max_blocks=1)
+    scheduler.add(sequence)
+    plans = run_all(scheduler)
+    assert [plan.spans[0].count for plan in plans] == [3, 3, 2]
+    assert [plan.spans[0].wants_block for plan in plans] == [False, False, True]
+
+
+def test_decoding_rows_come_before_prompt_chunks() -> None:
+    scheduler = make_scheduler(max_step_tokens=4)
+    first, second = make_sequence(1, prompt=4), make_sequence(2, prompt=9, base=500)
+    scheduler.add(first)
+    run_blocks(scheduler, scheduler.schedule())
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    assert [(s.sequence.request_id, s.count) for s in plan.spans] == [(1, 1), (2, 3)]
+
+
+def test_no_more_requests_run_than_the_budget_has_rows() -> None:
+    scheduler = make_scheduler(max_step_tokens=3)
+    sequences = [make_sequence(n, prompt=n, max_blocks=9, base=100 * n) for n in range(1, 8)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(12):
+        plan = scheduler.schedule()
+        decoding = {s for s in scheduler.running if s.generated and s.pending == 1}
+        assert decoding <= set(plan.sequences), "a decoding request was passed over"
+        run_blocks(scheduler, plan)
+
+
+def test_admission_is_first_come_first_served() -> None:
+    scheduler = make_scheduler(max_batch=2)
+    for number in range(1, 6):
+        scheduler.add(make_sequence(number, max_blocks=number, base=100 * number))
+    order: list[int] = []
+    for plan in run_all(scheduler):
+        order += [s.sequence.request_id for s in plan.spans if s.sequence.request_id not in order]
+        assert len(plan.spans) <= 2
+    assert order == [1, 2, 3, 4, 5]
+
+
+def test_page_pressure_preempts_the_latest_and_everything_finishes() -> None:
+    scheduler = make_scheduler(num_pages=6, prefix_cache=False)
+    sequences = [make_sequence(n, prompt=4, max_blocks=12, base=100 * n) for n in (1, 2, 3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    run_all(scheduler)
+    assert sequences[0].preemptions == 0
+    assert sum(sequence.preemptions for sequence in sequences) > 0
+    for sequence in sequences:
+        expected = [1000 + 10 * sequence.request_id + i for i in range(12)]
+        assert sequence.blocks[:, 0].tolist() == expected
+
+
+def test_equal_prompts_share_computed_pages() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(1, prompt=9))
+    run_all(scheduler)
+    again = make_sequence(2, prompt=9)
+    scheduler.add(again)
+    plan = scheduler.schedule()
+    assert again.cached == 2 * PAGE
+    assert plan.spans[0].start == 2 * PAGE
+
+
+def test_rows_whose_hidden_state_is_wanted_are_computed() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(1, prompt=9))
+    run_all(scheduler)
+    again = make_sequence(2, prompt=9)
+    again.hidden_from = 0
+    scheduler.add(again)
+    assert scheduler.schedule().spans[0].start == 0
+
+
+def test_a_closed_image_is_fed_once_and_rendered() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(1, max_blocks=3, draw=True)
+    scheduler.add(sequence)
+    plans = run_all(scheduler)
+    assert isinstance(plans[-1], RenderPlan)
+    assert sequence.finish_reason == "stop"
+    assert sequence.generated == 3
+    assert [p.spans[0].wants_block for p in plans[:-1]] == [True, True, True, False]
+    assert sequence.hidden_count == 4  # the last prompt row and every generated one
+
+
+def test_kinds_of_work_take_turns() -> None:
+    scheduler = make_scheduler()
+    for number in (1, 2):
+        sequence = make_sequence(number, max_blocks=40)
+        if number == 1:
+            sequence.render = RenderParams()
+        scheduler.add(sequence)
+    run_blocks(scheduler, scheduler.schedule())
+    scheduler.start_render(scheduler.running[0])
+    kinds = []
+    for _ in range(6):
+        plan = scheduler.schedule()
+        kinds.append(type(plan))
+        if isinstance(plan, BlockPlan):
+            run_blocks(scheduler, plan)
+    assert kinds.count(BlockPlan) == kinds.count(RenderPlan) == 3
+
+
+def test_images_are_encoded_before_admission() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(1)
+    sequence.pixels = ("patches", "grid")
+    scheduler.add(sequence)
+    plans = run_all(scheduler)
+    assert isinstance(plans[0], EncodePlan)
+    assert all(isinstance(plan, BlockPlan) for plan in plans[1:])
+
+
+def test_a_request_that_never_fits_is_refused() -> None:
+    scheduler = make_scheduler(num_pages=2)
+    with pytest.raises(CapacityError, match="need 3 KV pages of 4, but there are 2"):
+        scheduler.add(make_sequence(1, prompt=5, max_blocks=5))
+    assert not scheduler.has_work
+    scheduler.add(make_sequence(2, prompt=5, max_blocks=4))
+    run_all(scheduler)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.booleans(), st.integers(0, 2)),
+        min_size=1,
+        max_size=12,
+    ),
+    pages=st.integers(9, 24),
+    budget=st.integers(1, 17),
+    batch=st.integers(1, 6),
+    cache=st.booleans(),
+    aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 11)), max_size=4),
+)
+def test_any_mixture_finishes_with_the_same_blocks(
+    requests: list, pages: int, budget: int, batch: int, cache: bool, aborts: list
+) -> None:
+    scheduler = make_scheduler(
+        num_pages=pages, max_step_tokens=budget, max_batch=batch, prefix_cache=cache
+    )
+    sequences = [
+        make_sequence(number, prompt, max_blocks, draw=draw, base=100 * group)
+        for number, (prompt, max_blocks, draw, group) in enumerate(requests)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    cut = {sequences[index % len(sequences)] for _, index in aborts}
+    steps = 0
+    while scheduler.has_work:
+        for step, index in aborts:
+            if step == steps:
+                scheduler.remove(sequences[index % len(sequences)])
+        plan = scheduler.schedule()
+        steps += 1
+        assert steps < 3000
+        if isinstance(plan, BlockPlan):
+            run_blocks(scheduler, plan)
+        elif isinstance(plan, RenderPlan):
+            scheduler.remove(plan.sequences[0])
+    assert scheduler.pool.num_used == 0
+    for sequence in sequences:
+        if sequence in cut:
+            continue
+        blocks = sequence.blocks[:, 0].tolist()
+        assert blocks == [IMAGE_END if i == 2 and sequence.draws else
+                          1000 + 10 * sequence.request_id + i for i in range(len(blocks))]  # fmt: skip
+        limit = min(sequence.ends.max_blocks, 3) if sequence.draws else sequence.ends.max_blocks
+        assert len(blocks) == limit
