@@ -46,20 +46,26 @@ void layer_norm_rows(const LayerNormArgs& args, int64_t begin, int64_t end) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < args.cols; ++c) sum += to_float(x[c]);
-    const float mean = sum * inv_cols;
-    // Two passes: the one-pass variance loses all its digits on rows far from zero.
+    const float rough_mean = sum * inv_cols;
+    // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
+    // finds what rounding left in the mean.
+    float left_over = 0;
     float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
+#pragma omp simd reduction(+ : left_over, square_sum)
     for (int64_t c = 0; c < args.cols; ++c) {
-      const float v = to_float(x[c]) - mean;
+      const float v = to_float(x[c]) - rough_mean;
+      left_over += v;
       square_sum += v * v;
     }
-    const float scale = 1.0f / std::sqrt(square_sum * inv_cols + args.eps);
+    left_over *= inv_cols;
+    const float variance = square_sum * inv_cols - left_over * left_over;
+    const float scale = 1.0f / std::sqrt(variance + args.eps);
 #pragma omp simd
     for (int64_t c = 0; c < args.cols; ++c) {
       const float gain = weight != nullptr ? to_float(weight[c]) : 1.0f;
       const float shift = bias != nullptr ? to_float(bias[c]) : 0.0f;
-      y[c] = from_float<T>((to_float(x[c]) - mean) * scale * gain + shift);
+      const float v = to_float(x[c]) - rough_mean - left_over;
+      y[c] = from_float<T>(v * scale * gain + shift);
     }
   }
 }

@@ -44,17 +44,24 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(LayerNormArgs 
 
   float sum = 0;
   for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) sum += to_float(x[c]);
-  const float mean = cta_sum(sum, scratch) / args.cols;
+  const float rough_mean = cta_sum(sum, scratch) / args.cols;
+  // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
+  // finds what rounding left in the mean.
+  float left_over = 0;
   float square_sum = 0;
   for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
-    const float v = to_float(x[c]) - mean;
+    const float v = to_float(x[c]) - rough_mean;
+    left_over += v;
     square_sum += v * v;
   }
-  const float scale = rsqrtf(cta_sum(square_sum, scratch) / args.cols + args.eps);
+  left_over = cta_sum(left_over, scratch) / args.cols;
+  const float variance = cta_sum(square_sum, scratch) / args.cols - left_over * left_over;
+  const float scale = rsqrtf(variance + args.eps);
   for (int64_t c = threadIdx.x; c < args.cols; c += kNormThreads) {
     const float gain = weight != nullptr ? to_float(weight[c]) : 1.0f;
     const float shift = bias != nullptr ? to_float(bias[c]) : 0.0f;
-    y[c] = from_float<T>((to_float(x[c]) - mean) * scale * gain + shift);
+    const float v = to_float(x[c]) - rough_mean - left_over;
+    y[c] = from_float<T>(v * scale * gain + shift);
   }
 }
 

@@ -124,7 +124,7 @@ Check& Check::device(const Tensor& tensor, const char* name) {
 
 Check& Check::contiguous(const Tensor& tensor, const char* name) {
   return rule(tensor.is_contiguous(), name,
-              "must be contiguous because it is written in place (call .contiguous() first)",
+              "must be contiguous, it is used without a copy (call .contiguous() first)",
               "a strided view");
 }
 

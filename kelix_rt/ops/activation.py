@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._wide import wide
+
 
 def silu_mul(x: Tensor) -> Tensor:
     """``silu(gate) * up`` of a fused projection whose first half is the gate.
@@ -17,7 +19,7 @@ def silu_mul(x: Tensor) -> Tensor:
 
 def silu_mul_ref(x: Tensor) -> Tensor:
     """Plain-torch `silu_mul`."""
-    gate, up = x.float().chunk(2, dim=-1)
+    gate, up = wide(x).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
 
@@ -41,7 +42,7 @@ def rope_store_kv(
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = wide(x).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
@@ -115,7 +116,7 @@ def paged_attention(
 def _gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """[KV, length, hd] float32 of one request."""
     picked = cache[pages.long()].transpose(0, 1)
-    return picked.reshape(cache.shape[1], -1, cache.shape[3])[:, :length].float()
+    return wide(picked.reshape(cache.shape[1], -1, cache.shape[3])[:, :length])
 
 
 def paged_attention_ref(
@@ -138,7 +139,7 @@ def paged_attention_ref(
         pages = page_table[row, : -(-context // k_cache.shape[2])]
         k = _gather_pages(k_cache, pages, context).repeat_interleave(group, dim=0)
         v = _gather_pages(v_cache, pages, context).repeat_interleave(group, dim=0)
-        scores = q[begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * scale
+        scores = wide(q[begin:end]).transpose(0, 1) @ k.transpose(1, 2) * scale
         last = torch.arange(context - (end - begin), context, device=q.device)
         hidden = torch.arange(context, device=q.device) > last.unsqueeze(1)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
 ACT_NONE, ACT_SILU, ACT_GELU = 0, 1, 2
@@ -27,8 +28,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
 
 def modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Plain-torch reference of `modulate`."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)).to(x.dtype)
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    return (normed * (1 + wide(scale).unsqueeze(1)) + wide(shift).unsqueeze(1)).to(x.dtype)
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> None:
@@ -41,7 +42,7 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> None:
 
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> None:
     """Plain-torch reference of `gated_residual`."""
-    x.copy_(x.float() + gate.float().unsqueeze(1) * y.float())
+    x.copy_(wide(x) + wide(gate).unsqueeze(1) * wide(y))
 
 
 def relu_linear_attention(
@@ -77,7 +78,7 @@ def relu_linear_attention_ref(
     if k_norm is not None:
         k = rms_norm_ref(k, k_norm, norm_eps)
     q, k = q.relu(), k.relu()
-    q, k, v = (t.float().unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (wide(t).unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
     state = k.transpose(-1, -2) @ v
     weight = q @ k.sum(2).unsqueeze(-1)
     out = (q @ state) / (weight + eps)
@@ -115,9 +116,9 @@ def depthwise_glu_ref(
     gate_act: int = ACT_SILU,
 ) -> Tensor:
     """Plain-torch reference of `depthwise_glu`."""
-    planes = _activate(x.float(), pre_act).permute(0, 3, 1, 2)
+    planes = _activate(wide(x), pre_act).permute(0, 3, 1, 2)
     mixed = F.conv2d(
-        planes, weight.float().unsqueeze(1), bias.float(), padding=1, groups=planes.shape[1]
+        planes, wide(weight).unsqueeze(1), wide(bias), padding=1, groups=planes.shape[1]
     )
     value, gate = mixed.permute(0, 2, 3, 1).chunk(2, dim=-1)
     return (value * _activate(gate, gate_act)).to(x.dtype).contiguous()
@@ -148,11 +149,11 @@ def euler_step_ref(
 ) -> None:
     """Plain-torch reference of `euler_step`."""
     per_row = (-1,) + (1,) * (latent.dim() - 1)
-    step = velocity.float()
+    step = wide(velocity)
     if uncond is not None:
         if guidance is None:
             raise ValueError("euler_step: guidance must be given with uncond, got None")
-        base = uncond.float()
+        base = wide(uncond)
         step = base + guidance.view(per_row) * (step - base)
     latent.add_(dt.view(per_row) * step)
 

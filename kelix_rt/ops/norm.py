@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._wide import wide
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``weight * round(x / sqrt(mean(x^2) + eps))`` over the last axis.
@@ -20,8 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Plain-torch `rms_norm`."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    values = wide(x)
+    normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
 
 
@@ -65,9 +67,9 @@ def layer_norm_ref(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Plain-torch `layer_norm`."""
-    wide_weight = None if weight is None else weight.float()
-    wide_bias = None if bias is None else bias.float()
-    normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], wide_weight, wide_bias, eps)
+    wide_weight = None if weight is None else wide(weight)
+    wide_bias = None if bias is None else wide(bias)
+    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], wide_weight, wide_bias, eps)
     return normed.to(x.dtype)
 
 

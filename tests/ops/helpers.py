@@ -22,8 +22,13 @@ DEVICES = [
 ]
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
-          scale: float = 1.0) -> Tensor:
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
     """Seeded normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)

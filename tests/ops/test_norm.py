@@ -42,9 +42,7 @@ def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_layer_norm(
-    shape: tuple[int, ...], affine: bool, dtype: torch.dtype, device: str
-) -> None:
+def test_layer_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype, device: str) -> None:
     x = randn(*shape, dtype=dtype, device=device) + 3
     weight = randn(shape[-1], dtype=dtype, device=device, seed=1) if affine else None
     bias = randn(shape[-1], dtype=dtype, device=device, seed=2) if affine else None
