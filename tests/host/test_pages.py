@@ -227,7 +227,7 @@ def test_bad_outputs_are_rejected() -> None:
         read_only,
     ]
     for out in bad:
-        with pytest.raises(ValueError, match="out|writeable"):
+        with pytest.raises(ValueError, match=r"out|writeable"):
             pool.write_page_tables([seq], out)
 
 

@@ -1,0 +1,400 @@
+"""Prefix cache: matching, sharing, eviction order, collisions, and a stateful model check.
+
+The model keeps, for every page, the rows last written to it. Whatever the pool claims about a page
+(a match, a shared page, a page switched at commit) is compared with those rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+from numpy.typing import NDArray
+
+from kelix_rt._host import PagePool
+
+PAGE, WIDTH = 4, 3
+
+
+def make_rows(*pages: int, extra: int = 0) -> NDArray[np.int64]:
+    """A full page of rows for each number, then `extra` rows; equal numbers give equal rows."""
+    numbers = [1000 * page + row for page in pages for row in range(PAGE)]
+    numbers += [-1 - row for row in range(extra)]
+    return np.repeat(np.array(numbers, dtype=np.int64)[:, None], WIDTH, axis=1)
+
+
+def run(pool: PagePool, rows: NDArray[np.int64], salt: int = 0) -> int:
+    """Add a sequence, make room for all rows and commit them."""
+    seq, _ = pool.add(rows, salt)
+    assert pool.grow(seq, len(rows))
+    pool.commit(seq, rows)
+    pool.check()
+    return seq
+
+
+def test_match_is_in_full_pages_and_leaves_a_row_to_compute() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    rows = make_rows(1, 2, 3)
+    seq = run(pool, rows)
+    table = pool.page_table(seq).tolist()
+    for num_rows, pages in [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (12, 2)]:
+        found, matched = pool.match_prefix(rows[:num_rows])
+        assert (found.tolist(), matched) == (table[:pages], pages * PAGE)
+        assert found.dtype == np.int32
+    assert pool.match_prefix(make_rows(1, 2, 3, extra=1))[1] == 12
+    assert pool.match_prefix(make_rows(1, 9, 3, extra=1))[1] == 4
+    assert pool.match_prefix(make_rows(2, 3, extra=1))[1] == 0
+
+
+def test_a_released_sequence_is_found_again() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    rows = make_rows(1, 2, extra=2)
+    seq = run(pool, rows)
+    table = pool.page_table(seq).tolist()
+    pool.release(seq)
+    assert (pool.num_free, pool.num_cached, pool.num_used) == (6, 2, 0)
+    again, matched = pool.add(rows)
+    assert matched == 2 * PAGE
+    assert pool.num_rows(again) == pool.num_committed(again) == 2 * PAGE
+    assert pool.page_table(again).tolist() == table[:2]
+    assert (pool.num_free, pool.num_cached, pool.num_used) == (6, 0, 2)
+
+
+def test_rows_count_only_once_committed() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    rows = make_rows(1, 2, extra=1)
+    seq, _ = pool.add(rows)
+    assert pool.grow(seq, len(rows))
+    assert pool.match_prefix(rows)[1] == 0
+    assert pool.commit(seq, rows[:3]) == 0
+    assert pool.commit(seq, rows[:5]) == 1
+    assert pool.match_prefix(rows)[1] == PAGE
+    assert pool.commit(seq, rows) == 1
+    assert pool.commit(seq, rows) == 0
+    assert pool.num_committed(seq) == 2 * PAGE
+
+
+def test_salts_do_not_share() -> None:
+    pool = PagePool(8, PAGE, WIDTH, hash_bits=0)
+    rows = make_rows(1, 2, extra=1)
+    run(pool, rows, salt=5)
+    assert pool.match_prefix(rows)[1] == 0
+    assert pool.match_prefix(rows, salt=-5)[1] == 0
+    assert pool.match_prefix(rows, salt=5)[1] == 2 * PAGE
+
+
+def test_equal_pages_after_different_prefixes_stay_apart() -> None:
+    pool = PagePool(8, PAGE, WIDTH, hash_bits=0)
+    first, second = run(pool, make_rows(1, 7)), run(pool, make_rows(2, 7))
+    assert pool.page_table(first)[1] != pool.page_table(second)[1]
+    found, _ = pool.match_prefix(make_rows(2, 7, extra=1))
+    assert found.tolist() == pool.page_table(second).tolist()
+
+
+@pytest.mark.parametrize("column", range(WIDTH))
+@pytest.mark.parametrize("row", range(PAGE))
+def test_every_id_decides_even_when_all_hashes_collide(row: int, column: int) -> None:
+    for hash_bits in (0, 64):
+        pool = PagePool(8, PAGE, WIDTH, hash_bits=hash_bits)
+        rows = make_rows(1, extra=1)
+        run(pool, rows)
+        other = rows.copy()
+        other[row, column] += 1 << 40
+        assert pool.match_prefix(other)[1] == 0
+        assert pool.match_prefix(rows)[1] == PAGE
+
+
+def test_eviction_takes_the_least_recently_used_leaf_first() -> None:
+    pool = PagePool(5, PAGE, WIDTH)
+    old, new = make_rows(1, 2, 3), make_rows(8, 9)
+    for rows in (old, new):
+        pool.release(run(pool, rows))
+    old_then_one_more, new_then_one_more = make_rows(1, 2, 3, extra=1), make_rows(8, 9, extra=1)
+    matched = []
+    seq, _ = pool.add()
+    for pages in range(1, 6):
+        assert pool.grow(seq, pages * PAGE)
+        pool.check()
+        matched.append(
+            tuple(pool.match_prefix(r)[1] // PAGE for r in (old_then_one_more, new_then_one_more))
+        )
+    assert matched == [(2, 2), (1, 2), (0, 2), (0, 1), (0, 0)]
+
+
+def test_use_renews_a_cached_prefix() -> None:
+    pool = PagePool(4, PAGE, WIDTH)
+    first, second = make_rows(1, 2, extra=1), make_rows(8, 9, extra=1)
+    for rows in (first, second):
+        pool.release(run(pool, rows[:-1]))
+    pool.release(pool.add(first)[0])
+    seq, _ = pool.add()
+    assert pool.grow(seq, 2 * PAGE)
+    assert pool.match_prefix(first)[1] == 2 * PAGE
+    assert pool.match_prefix(second)[1] == 0
+
+
+def test_pages_in_use_are_never_evicted() -> None:
+    pool = PagePool(4, PAGE, WIDTH)
+    rows = make_rows(1, 2, extra=1)
+    run(pool, rows[:-1])
+    seq, _ = pool.add()
+    assert not pool.grow(seq, 3 * PAGE)
+    assert pool.grow(seq, 2 * PAGE)
+    assert pool.match_prefix(rows)[1] == 2 * PAGE
+
+
+def test_commit_switches_every_holder_to_the_page_already_cached() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    rows = make_rows(1, 2)
+    twins = [pool.add(rows)[0], pool.add(rows)[0]]
+    for seq in twins:
+        assert pool.grow(seq, len(rows))
+    forked = pool.fork(twins[1])
+    assert forked is not None
+    assert pool.commit(twins[0], rows) == 2
+    assert pool.num_used == 4
+    assert pool.commit(twins[1], rows) == 0
+    pool.check()
+    assert pool.num_used == 2
+    tables = [pool.page_table(seq).tolist() for seq in (*twins, forked[0])]
+    assert tables[0] == tables[1] == tables[2]
+    # The fork alone now keeps the chain alive.
+    pool.release(twins[0])
+    pool.release(twins[1])
+    pool.check()
+    assert (pool.num_cached, pool.num_used) == (0, 2)
+
+
+def test_commit_of_other_rows_is_rejected() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    seq = run(pool, make_rows(1, 2))
+    with pytest.raises(ValueError, match="exceed"):
+        pool.commit(seq, make_rows(1, 2, extra=1))
+    with pytest.raises(ValueError, match="at least the 8 committed"):
+        pool.commit(seq, make_rows(1))
+    assert pool.grow(seq, 3 * PAGE)
+    with pytest.raises(ValueError, match="page 0 differ"):
+        pool.commit(seq, make_rows(9, 2, 3))
+    assert pool.commit(seq, make_rows(1, 2, 3)) == 1
+    pool.check()
+
+
+def test_forks_may_not_commit_different_rows_for_a_shared_page() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    parent, _ = pool.add()
+    assert pool.grow(parent, 2 * PAGE)
+    forked = pool.fork(parent)
+    assert forked is not None
+    assert pool.commit(parent, make_rows(1, 2)) == 2
+    with pytest.raises(ValueError, match="sharing"):
+        pool.commit(forked[0], make_rows(1, 3))
+    pool.check()
+    assert pool.commit(forked[0], make_rows(1, 2)) == 0
+    pool.check()
+
+
+def test_reset_cache_forgets_content_but_not_owners() -> None:
+    pool = PagePool(8, PAGE, WIDTH)
+    rows, idle = make_rows(1, 2), make_rows(8)
+    seq = run(pool, rows)
+    pool.release(run(pool, idle))
+    pool.reset_cache()
+    pool.check()
+    assert (pool.num_free, pool.num_cached, pool.num_used) == (6, 0, 2)
+    assert pool.match_prefix(make_rows(1, 2, extra=1))[1] == 0
+    # Its keys and values may be stale, so nothing of it enters the cache again.
+    assert pool.grow(seq, 3 * PAGE)
+    assert pool.commit(seq, make_rows(1, 2, 3)) == 0
+    assert pool.match_prefix(make_rows(1, 2, extra=1))[1] == 0
+    fresh = run(pool, rows)
+    assert (
+        pool.match_prefix(make_rows(1, 2, extra=1))[0].tolist() == pool.page_table(fresh).tolist()
+    )
+    pool.release(seq)
+    pool.check()
+    assert (pool.num_free, pool.num_used) == (6, 2)
+
+
+@dataclass
+class Running:
+    """A live sequence of the model: its prompt, rows written so far, and those committed."""
+
+    salt: int
+    rows: list[tuple[int, ...]]
+    written: int
+    cacheable: bool = True
+    pages: list[int] = field(default_factory=list)
+
+
+def as_array(rows: list[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.array(rows, dtype=np.int64).reshape(-1, WIDTH)
+
+
+# Few different rows, so that prefixes often agree and often part within a page.
+ROW = st.integers(0, 1).map(lambda i: (i,) * WIDTH)
+PAGE_OF_ROWS = st.sampled_from([[(0,) * WIDTH] * PAGE, [(1,) * WIDTH] * PAGE])
+PROMPT = st.tuples(st.lists(PAGE_OF_ROWS, max_size=3), st.lists(ROW, max_size=PAGE)).map(
+    lambda parts: [row for page in parts[0] for row in page] + parts[1]
+)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Drives a pool as a scheduler would and checks each claim against the rows in the pages."""
+
+    sequences: Bundle[int] = Bundle("sequences")
+
+    @initialize(num_pages=st.integers(1, 10), hash_bits=st.sampled_from([0, 1, 64]))
+    def start(self, num_pages: int, hash_bits: int) -> None:
+        self.pool = PagePool(num_pages, PAGE, WIDTH, hash_bits=hash_bits)
+        self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
+        self.owner_salt: list[int] = [0] * num_pages
+        self.running: dict[int, Running] = {}
+
+    def write(self, seq: int, stop: int) -> None:
+        """Write the sequence's rows up to `stop`, as the model's forward pass would."""
+        state = self.running[seq]
+        table = self.pool.page_table(seq).tolist()
+        others = {p for s in self.running if s != seq for p in self.pool.page_table(s).tolist()}
+        slots = self.pool.slots(seq, state.written, stop).tolist()
+        for row, slot in zip(range(state.written, stop), slots, strict=True):
+            page, offset = divmod(slot, PAGE)
+            assert page == table[row // PAGE]
+            assert page not in others, "a page has two writers"
+            self.memory[page][offset] = state.rows[row]
+            self.owner_salt[page] = state.salt
+        state.written = max(state.written, stop)
+
+    def admit(self, rows: list[tuple[int, ...]], salt: int) -> int:
+        before = self.pool.match_prefix(as_array(rows), salt)
+        seq, matched = self.pool.add(as_array(rows), salt)
+        assert matched == before[1]
+        assert matched <= max(len(rows) - 1, 0)
+        assert matched % PAGE == 0
+        assert self.pool.page_table(seq).tolist() == before[0].tolist()
+        self.running[seq] = Running(salt, rows, matched)
+        return seq
+
+    @rule(target=sequences, rows=PROMPT, salt=st.sampled_from([0, 0, 0, 1]))
+    def add(self, rows: list[tuple[int, ...]], salt: int) -> int:
+        return self.admit(rows, salt)
+
+    @rule(seq=sequences, extra=st.lists(ROW, max_size=2 * PAGE), commit=st.booleans())
+    def step(self, seq: int, extra: list[tuple[int, ...]], commit: bool) -> None:
+        """Grow by some rows and write them; commit now, as a decode step does, or later."""
+        state = self.running[seq]
+        rows = state.rows + extra
+        held, available = len(self.pool.page_table(seq)), self.pool.num_available
+        needed = max(0, -(-len(rows) // PAGE) - held)
+        assert self.pool.grow(seq, len(rows)) == (needed <= available)
+        if needed > available:
+            assert len(self.pool.page_table(seq)) == held
+            assert self.pool.num_available == available
+            return
+        state.rows = rows
+        self.write(seq, len(rows))
+        if commit:
+            self.commit(seq)
+
+    @rule(seq=sequences)
+    def commit(self, seq: int) -> None:
+        state = self.running[seq]
+        self.pool.commit(seq, as_array(state.rows[: state.written]))
+        full = state.written // PAGE * PAGE
+        assert self.pool.num_committed(seq) == (full if state.cacheable else 0)
+        if state.cacheable:
+            probe = as_array([*state.rows[:full], (0,) * WIDTH])
+            pages, matched = self.pool.match_prefix(probe, state.salt)
+            assert matched == full
+            assert pages.tolist() == self.pool.page_table(seq).tolist()[: full // PAGE]
+
+    @rule(target=sequences, parent=sequences, data=st.data())
+    def fork(self, parent: int, data: st.DataObject) -> object:
+        state = self.running[parent]
+        count = data.draw(st.integers(0, state.written), label="rows")
+        available = self.pool.num_available
+        forked = self.pool.fork(parent, count)
+        if forked is None:
+            assert count % PAGE != 0
+            assert available == 0
+            return multiple()
+        child, copy = forked
+        assert (copy is not None) == (count % PAGE != 0)
+        if copy is not None:
+            source, destination = copy
+            assert source == self.pool.page_table(parent)[count // PAGE]
+            self.memory[destination] = list(self.memory[source])
+            self.owner_salt[destination] = state.salt
+        self.running[child] = Running(state.salt, state.rows[:count], count, state.cacheable)
+        return child
+
+    @rule(seq=consumes(sequences))
+    def release(self, seq: int) -> None:
+        self.pool.release(seq)
+        del self.running[seq]
+        with pytest.raises(KeyError):
+            self.pool.release(seq)
+
+    @rule(target=sequences, seq=consumes(sequences))
+    def preempt(self, seq: int) -> int:
+        """Release, then come back: with nothing evicted in between, committed pages are found."""
+        state = self.running.pop(seq)
+        committed = self.pool.num_committed(seq)
+        self.pool.release(seq)
+        again = self.admit(state.rows, state.salt)
+        assert self.running[again].written >= min(
+            committed, max(len(state.rows) - 1, 0) // PAGE * PAGE
+        )
+        return again
+
+    @rule()
+    def evict_everything(self) -> None:
+        """One sequence takes every page that is not in use."""
+        hog, _ = self.pool.add()
+        available = self.pool.num_available
+        assert self.pool.grow(hog, available * PAGE)
+        assert self.pool.num_available == self.pool.num_cached == 0
+        for page in self.pool.page_table(hog).tolist():
+            self.memory[page] = [None] * PAGE
+        self.pool.release(hog)
+        assert self.pool.num_free == available
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.pool.reset_cache()
+        assert self.pool.num_cached == 0
+        for state in self.running.values():
+            state.cacheable = False
+
+    @invariant()
+    def pool_is_sound(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check()
+            assert self.pool.num_sequences == len(self.running)
+            held = {p for s in self.running for p in self.pool.page_table(s).tolist()}
+            assert self.pool.num_used == len(held)
+            total = self.pool.num_free + self.pool.num_cached + self.pool.num_used
+            assert total == self.pool.num_pages
+
+    @invariant()
+    def pages_hold_the_rows_they_should(self) -> None:
+        for seq, state in getattr(self, "running", {}).items():
+            slots = self.pool.slots(seq, 0, state.written).tolist()
+            stored = [self.memory[slot // PAGE][slot % PAGE] for slot in slots]
+            assert stored == state.rows[: state.written]
+            assert all(self.owner_salt[slot // PAGE] == state.salt for slot in slots)
+
+
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPool = PoolMachine.TestCase
