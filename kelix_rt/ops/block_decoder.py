@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 from kelix_rt.ops.sampling import sample_blocks_ref
 
@@ -36,8 +37,8 @@ class BlockDecoderShape:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every tensor, in packed order. Linear weights are [out, in]."""
-        d, wide, ffn = self.d_model, self.input_dim, self.ffn
-        yield "input_linear.weight", (d, wide)
+        d, width, ffn = self.d_model, self.input_dim, self.ffn
+        yield "input_linear.weight", (d, width)
         yield "input_linear.bias", (d,)
         yield "position_embedding.weight", (self.num_slots, d)
         for layer in range(self.num_layers):
@@ -52,8 +53,8 @@ class BlockDecoderShape:
             yield prefix + "mlp_norm.bias", (d,)
             yield prefix + "gate_up.weight", (2 * ffn, d)
             yield prefix + "down.weight", (d, ffn)
-        yield "output_linear.weight", (wide, d)
-        yield "output_linear.bias", (wide,)
+        yield "output_linear.weight", (width, d)
+        yield "output_linear.bias", (width,)
 
     def layout(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """(name, shape, first element) of every tensor; starts are multiples of 64 elements."""
@@ -197,18 +198,18 @@ def block_decode_ref(
 ) -> tuple[Tensor, Tensor]:
     """Plain-torch `block_decode`: recomputes slots 0..j at every slot."""
     shape = BlockDecoderShape(d_model, num_heads, num_layers, ffn, hidden.shape[1], num_codes + 1)
-    state = unpack_block_decoder(weights.float(), shape)
+    state = unpack_block_decoder(wide(weights), shape)
     codes = (head.shape[0] - text_vocab) // num_codes
     batch = hidden.shape[0]
     ids = torch.full((batch, num_codes + 1), block_end, device=hidden.device)
     logprobs = torch.zeros(batch, num_codes + 1, device=hidden.device)
-    inputs = hidden.float().unsqueeze(1)
+    inputs = wide(hidden).unsqueeze(1)
     for slot in range(num_codes):
         first = 0 if slot == 0 else text_vocab + slot * codes
         last = text_vocab + (slot + 1) * codes
         out = decoder_states(inputs, state, num_heads)[:, -1]
-        normed = rms_norm_ref(out, head_norm.float(), norm_eps)
-        logits = normed @ head[first:last].float().t()
+        normed = rms_norm_ref(out, wide(head_norm), norm_eps)
+        logits = normed @ wide(head[first:last]).t()
         if slot == 0 and banned_id >= 0:
             logits[:, banned_id] = -math.inf
         row_slots = torch.full_like(seeds, slot)
@@ -226,7 +227,7 @@ def block_decode_ref(
             failed = failed | (active & (drawn < 0))
         ids[failed, slot + 1 :] = -1
         logprobs[failed, slot + 1 :] = math.nan
-        previous = table[drawn.clamp(min=0)].float().unsqueeze(1)
+        previous = wide(table[drawn.clamp(min=0)]).unsqueeze(1)
         inputs = torch.cat((inputs, previous), dim=1)
     return ids, logprobs
 

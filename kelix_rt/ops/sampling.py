@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._wide import wide
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -145,8 +147,8 @@ def kept_scores(logits: Tensor, params: Tensor, reference: bool = False) -> Tens
         divisor = torch.where(temperature > 0, temperature + 1e-5, 1.0)
     else:
         divisor = torch.where(temperature > 0, temperature, 1.0)
-    wide = logits.float()
-    scores = (wide - wide.amax(-1, keepdim=True)) / divisor.unsqueeze(1)
+    values = wide(logits)
+    scores = (values - values.amax(-1, keepdim=True)) / divisor.unsqueeze(1)
     scores = _keep_top_k(scores, top_k)
     scores = _keep_top_p(scores, top_p, reference)
     if reference:
@@ -165,20 +167,19 @@ def sample_blocks_ref(
     reference: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain-torch `sample_blocks`."""
-    wide = logits.float()
-    peak = wide.amax(-1)
-    valid = peak.isfinite()  # amax propagates NaN
-    wide = torch.where(valid.unsqueeze(1), wide, 0.0)
-    ids = first_id + torch.arange(wide.shape[1], device=wide.device)
+    values = wide(logits)
+    valid = values.amax(-1).isfinite()  # amax propagates NaN
+    values = torch.where(valid.unsqueeze(1), values, 0.0)
+    ids = first_id + torch.arange(values.shape[1], device=values.device)
     noise = gumbel_noise(
         ids.unsqueeze(0), seeds.unsqueeze(1), steps.unsqueeze(1), slots.unsqueeze(1)
     )
-    drawn = _lowest_argmax(kept_scores(wide, params, reference) + noise)
+    drawn = _lowest_argmax(kept_scores(values, params, reference) + noise)
     greedy = params[:, 1] == 1
     if not reference:
         greedy |= params[:, 0] <= 0
-    column = torch.where(greedy, _lowest_argmax(wide), drawn)
-    logprobs = wide.log_softmax(-1).gather(1, column.unsqueeze(1)).squeeze(1)
+    column = torch.where(greedy, _lowest_argmax(values), drawn)
+    logprobs = values.log_softmax(-1).gather(1, column.unsqueeze(1)).squeeze(1).float()
     return (
         torch.where(valid, column + first_id, -1),
         torch.where(valid, logprobs, math.nan),
