@@ -1,0 +1,131 @@
+"""Random checkpoints in the released layout, for measuring without a download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Between the golden models and the release: big enough that its time is spent in its weights, small
+# enough for two CPU cores.
+MID_SIZE: dict[str, Any] = {
+    "model_class": "KeyeARModel",
+    "__class__": "KeyeARConfig",
+    "qwen_config": {
+        "model_class": "UnifiedQwen3Model",
+        "vocab_size": 32768,
+        "embed_dim": 512,
+        "num_layers": 8,
+        "tie_word_embeddings": False,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "intermediate_dim": 1536,
+        "max_seq_len": 4096,
+        "rope_base": 1e6,
+        "eos_token_id": 32477,
+        "image_token_id": 32487,
+        "pad_token_id": 32475,
+        "q_eos_token": 32513,
+        "vision_start_token_id": 32484,
+        "vision_end_token_id": 32485,
+        "codebook_size": 16384,
+        "n_q_tokens": 8,
+    },
+    "tokenizer_config": {
+        "model_class": "KeyeImageTokenizer",
+        "vision_config": {"model_class": "KeyeVisionModel"},
+        "codebook_size": 16384,
+        "n_q_tokens": 8,
+        "split_voc": 8,
+        "llm_hidden_size": 512,
+    },
+    "token_decoder_config": {
+        "d_model": 256,
+        "nhead": 4,
+        "num_layers": 1,
+        "dim_feedforward": 1024,
+        "max_pos_length": 16,
+        "max_length": 10,
+        "eos_token": 32513,
+        "input_dim": 512,
+    },
+}
+
+
+def language_model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Kelix-LLM checkpoint without its image tokenizer."""
+    qwen, decoder = config["qwen_config"], config["token_decoder_config"]
+    rows = qwen["vocab_size"] + qwen["codebook_size"]
+    hidden, ffn, head_dim = qwen["embed_dim"], qwen["intermediate_dim"], qwen["head_dim"]
+    q_width, kv_width = qwen["num_heads"] * head_dim, qwen["num_kv_heads"] * head_dim
+    d, f = decoder["d_model"], decoder["dim_feedforward"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.model.tok_embeddings.embed_tokens.weight": (rows, hidden),
+        "model.model.output.weight": (rows, hidden),
+        "model.model.norm.scale": (hidden,),
+        "model.model.token_head.position_embedding.weight": (decoder["max_pos_length"], d),
+        "model.model.token_head.input_linear.weight": (d, hidden),
+        "model.model.token_head.input_linear.bias": (d,),
+        "model.model.token_head.output_linear.weight": (hidden, d),
+        "model.model.token_head.output_linear.bias": (hidden,),
+    }
+    for layer in range(qwen["num_layers"]):
+        shapes |= {
+            f"model.model.layers.{layer}.{name}": shape
+            for name, shape in {
+                "sa_norm.scale": (hidden,),
+                "mlp_norm.scale": (hidden,),
+                "attn.q_proj.weight": (q_width, hidden),
+                "attn.k_proj.weight": (kv_width, hidden),
+                "attn.v_proj.weight": (kv_width, hidden),
+                "attn.output_proj.weight": (hidden, q_width),
+                "attn.q_norm.scale": (head_dim,),
+                "attn.k_norm.scale": (head_dim,),
+                "mlp.w1.weight": (ffn, hidden),
+                "mlp.w3.weight": (ffn, hidden),
+                "mlp.w2.weight": (hidden, ffn),
+            }.items()
+        }
+    for layer in range(decoder["num_layers"]):
+        prefix = f"model.model.token_head.transformer.layers.{layer}"
+        shapes |= {
+            f"{prefix}.{n}.{p}": (d,) for n in ("sa_norm", "mlp_norm") for p in ("weight", "bias")
+        }
+        for projection in ("q_proj", "k_proj", "v_proj", "output_proj"):
+            shapes[f"{prefix}.attn.{projection}.weight"] = (d, d)
+            shapes[f"{prefix}.attn.{projection}.bias"] = (d,)
+        shapes |= {
+            f"{prefix}.mlp.w1.weight": (f, d),
+            f"{prefix}.mlp.w3.weight": (f, d),
+            f"{prefix}.mlp.w2.weight": (d, f),
+        }
+    return shapes
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Seeded float32 weights that keep activations near unit size."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if "norm" in name:
+            fill = 0.0 if name.endswith("bias") else 1.0
+            tensors[name] = torch.full(shape, fill)
+        else:
+            fan_in = shape[-1] if len(shape) > 1 else 1e4
+            tensors[name] = torch.randn(shape, generator=generator) * fan_in**-0.5
+    return tensors
+
+
+def write_language_model(directory: Path, config: dict[str, Any] | None = None) -> Path:
+    """Write a random Kelix-LLM checkpoint (once per directory) and return the directory."""
+    config = config or MID_SIZE
+    if not (directory / "config.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(random_tensors(language_model_shapes(config)), directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+    return directory
