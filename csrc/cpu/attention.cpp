@@ -82,10 +82,19 @@ struct TileState {
   int64_t visible[kQueryTile];  // keys this query may see
 };
 
+// Asks for a row that the next phase will read: pages lie scattered, so the hardware would start
+// over at each of them.
+template <class T>
+void prefetch_row(const T* row, int64_t head_dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  const int64_t size = head_dim * static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at);
+}
+
 // scores[query, token] = q . k for a block of queries and `tokens` consecutive keys.
 template <class T>
 void score_block(TileState& state, int64_t query, int64_t queries, const T* keys, int64_t tokens,
-                 int64_t head_dim, int64_t first_score) {
+                 int64_t head_dim, int64_t first_score, const T* upcoming) {
   const float* q0 = state.q + query * head_dim;
   // A short block repeats its last query; the repeated scores are simply not stored.
   const float* q1 = q0 + (queries > 1 ? 1 : 0) * head_dim;
@@ -93,6 +102,7 @@ void score_block(TileState& state, int64_t query, int64_t queries, const T* keys
   const float* q3 = q0 + (queries > 3 ? 3 : queries - 1) * head_dim;
   for (int64_t token = 0; token < tokens; ++token) {
     const T* key = keys + token * head_dim;
+    if (upcoming != nullptr) prefetch_row(upcoming + token * head_dim, head_dim);
     float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -112,7 +122,7 @@ void score_block(TileState& state, int64_t query, int64_t queries, const T* keys
 // sum[query, :] += weights[query, token] * v[token, :] for a full block of queries.
 template <class T>
 void accumulate_block(TileState& state, int64_t query, const T* values, int64_t tokens,
-                      int64_t head_dim, int64_t first_score) {
+                      int64_t head_dim, int64_t first_score, const T* upcoming) {
   const float* weights = state.scores + query * kTokenBlock + first_score;
   int64_t d0 = 0;
   for (; d0 + kDimBlock <= head_dim; d0 += kDimBlock) {
@@ -127,6 +137,7 @@ void accumulate_block(TileState& state, int64_t query, const T* values, int64_t 
     }
     for (int64_t token = 0; token < tokens; ++token) {
       const T* value = values + token * head_dim + d0;
+      if (upcoming != nullptr && d0 == 0) prefetch_row(upcoming + token * head_dim, head_dim);
       const float w0 = weights[token];
       const float w1 = weights[kTokenBlock + token];
       const float w2 = weights[2 * kTokenBlock + token];
@@ -218,36 +229,40 @@ void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
   for (int64_t i = queries * kTokenBlock; i < padded * kTokenBlock; ++i) state.scores[i] = 0;
 
   const int32_t* pages = args.page_table + tile.request * args.max_pages;
+  const T* all_keys = static_cast<const T*>(args.k_cache);
+  const T* all_values = static_cast<const T*>(args.v_cache);
+  // Where a token's key (and value) starts, and how many of its page follow before `last`.
+  const auto offset_of = [&](int64_t token) {
+    const int64_t page = pages[token / args.page_size];
+    return ((page * args.num_kv_heads + tile.kv_head) * args.page_size + token % args.page_size) *
+           head_dim;
+  };
+  const auto run_of = [&](int64_t token, int64_t last) {
+    const int64_t in_page = args.page_size - token % args.page_size;
+    return in_page < last - token ? in_page : last - token;
+  };
   for (int64_t first = 0; first < keys_needed; first += kTokenBlock) {
     const int64_t last = first + kTokenBlock < keys_needed ? first + kTokenBlock : keys_needed;
-    // Runs of keys that lie in one page; with page sizes of 16 to 64 a block is 1 to 4 runs.
-    for (int64_t token = first; token < last;) {
-      const int64_t offset = token % args.page_size;
-      const int64_t in_page = args.page_size - offset;
-      const int64_t run = in_page < last - token ? in_page : last - token;
-      const int64_t page = pages[token / args.page_size];
-      const T* keys =
-          static_cast<const T*>(args.k_cache) +
-          ((page * args.num_kv_heads + tile.kv_head) * args.page_size + offset) * head_dim;
+    for (int64_t token = first, run; token < last; token += run) {
+      run = run_of(token, last);
+      const T* keys = all_keys + offset_of(token);
+      const T* upcoming = all_values + offset_of(token);
       for (int64_t q = 0; q < queries; q += kQueryBlock) {
         const int64_t block = queries - q < kQueryBlock ? queries - q : kQueryBlock;
-        score_block(state, q, block, keys, run, head_dim, token - first);
+        score_block(state, q, block, keys, run, head_dim, token - first,
+                    q == 0 ? upcoming : nullptr);
       }
-      token += run;
     }
     update_softmax(state, queries, first, last - first, head_dim, args.scale);
-    for (int64_t token = first; token < last;) {
-      const int64_t offset = token % args.page_size;
-      const int64_t in_page = args.page_size - offset;
-      const int64_t run = in_page < last - token ? in_page : last - token;
-      const int64_t page = pages[token / args.page_size];
-      const T* values =
-          static_cast<const T*>(args.v_cache) +
-          ((page * args.num_kv_heads + tile.kv_head) * args.page_size + offset) * head_dim;
+    for (int64_t token = first, run; token < last; token += run) {
+      run = run_of(token, last);
+      const T* values = all_values + offset_of(token);
+      const bool more = token + kTokenBlock + run <= keys_needed;
+      const T* upcoming = more ? all_keys + offset_of(token + kTokenBlock) : nullptr;
       for (int64_t q = 0; q < padded; q += kQueryBlock) {
-        accumulate_block(state, q, values, run, head_dim, token - first);
+        accumulate_block(state, q, values, run, head_dim, token - first,
+                         q == 0 ? upcoming : nullptr);
       }
-      token += run;
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
