@@ -1,0 +1,91 @@
+"""One small call of every operator on the GPU, for compute-sanitizer.
+
+The sizes are odd on purpose (partial tiles, partial warps, empty requests) and small, because the
+sanitizer slows kernels down a thousandfold.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kelix_rt import ops
+from kelix_rt.testing import randn
+
+
+def norms(device: str) -> None:
+    """norm and activation stems."""
+    x, weight = randn(5, 77, device=device), randn(77, device=device)
+    ops.rms_norm(x, weight)
+    ops.add_rms_norm(x.clone(), x, weight)
+    ops.layer_norm(x, weight, weight)
+    ops.silu_mul(randn(5, 78, device=device))
+
+
+def attention(device: str) -> None:
+    """attention stem: a decoding request, a prefill chunk and an idle request."""
+    cache = randn(9, 2, 4, 24, device=device), randn(9, 2, 4, 24, device=device, seed=1)
+    tokens = 6
+    q = ops.rope_store_kv(
+        randn(tokens, 8 * 24, device=device),
+        randn(24, device=device),
+        None,
+        randn(16, 24, device=device),
+        torch.arange(tokens, dtype=torch.int32, device=device),
+        torch.tensor([0, 5, 7, -1, 20, 35], device=device),
+        *cache,
+        4,
+    )
+    pages = torch.tensor([[0, 1, 2], [3, 8, 0], [0, 0, 0]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([10, 7, 0], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1, 6, 6], dtype=torch.int32, device=device)
+    ops.paged_attention(q, *cache, pages, lengths, starts, 0.2)
+
+
+def codes(device: str) -> None:
+    """codes stem, both modes."""
+    z, books = randn(7, 2, 24, device=device), randn(2, 75, 24, device=device, seed=1)
+    gain = torch.ones(2, 24, device=device)
+    for reference in (False, True):
+        norms_ = ops.codebook_norms(books, reference)
+        ops.nearest_codes(z, books, norms_, gain, gain, 1e-5, reference)
+    ids = torch.tensor([[3, 9, 9], [12, 15, 9], [9, 9, 9]], device=device)
+    ops.block_embed(ids, randn(18, 33, device=device), 10, 9)
+
+
+def sampling(device: str) -> None:
+    """sampling stem: greedy, filtered and reference rows."""
+    params = torch.tensor(
+        [[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0], [0.7, 0, 0.8, 0.1]], device=device
+    )
+    keys = torch.arange(3, device=device)
+    logits = randn(3, 301, device=device)
+    for reference in (False, True):
+        ops.sample_blocks(logits, params, keys, keys, keys, 0, reference)
+
+
+def diffusion(device: str) -> None:
+    """diffusion stem."""
+    x = randn(2, 15, 40, device=device)
+    row = randn(2, 40, device=device, seed=1)
+    ops.modulate(x, row, row)
+    ops.gated_residual(x, row, x.clone())
+    gain = torch.ones(40, device=device)
+    ops.relu_linear_attention(randn(2, 15, 120, device=device), gain, gain, 8)
+    ops.depthwise_glu(
+        randn(2, 3, 5, 34, device=device), randn(34, 3, 3, device=device), randn(34, device=device)
+    )
+    latent = randn(2, 4, 3, 5, device=device)
+    step = torch.full((2,), -0.1, device=device)
+    ops.euler_step(latent, latent.clone(), latent.clone(), step, step)
+
+
+def main() -> None:
+    """Run them all and wait for the device."""
+    for call in (norms, attention, codes, sampling, diffusion):
+        call("cuda")
+        torch.cuda.synchronize()
+        print(f"{call.__name__}: ran")
+
+
+if __name__ == "__main__":
+    main()
