@@ -1,49 +1,25 @@
-"""Checks a prompt and turns it into the rows of ids that the language model reads. No torch."""
+"""Checks a prompt and turns it into the rows of ids that the language model reads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from kelix_rt.errors import InputError
-from kelix_rt.request import Prompt
-
-if TYPE_CHECKING:
-    from kelix_rt.config import KelixConfig
+from kelix_rt.config import KelixConfig
+from kelix_rt.errors import ConfigError, InputError
+from kelix_rt.request import Prompt, SamplingParams
+from kelix_rt.sequence import EndRules
+from kelix_rt.stages.encode import block_count, check_patches
 
 SPLITMIX_STEP = 0x9E3779B97F4A7C15
 UINT64 = (1 << 64) - 1
-
-
-@dataclass(frozen=True)
-class IdSpace:
-    """The ids of a model: text below `text_vocab`, visual codes from there up to `total`."""
-
-    text_vocab: int
-    total: int
-    num_codes: int
-    block_end: int
-    image: int | None
-    vision_start: int | None
-    vision_end: int | None
-    eos: int | None
-
-    @classmethod
-    def of(cls, config: KelixConfig) -> IdSpace:
-        """The ids a config names."""
-        qwen = config.qwen_config
-        return cls(
-            text_vocab=qwen.vocab_size,
-            total=qwen.vocab_size + qwen.codebook_size,
-            num_codes=qwen.n_q_tokens,
-            block_end=config.block_end,
-            image=qwen.image_token_id,
-            vision_start=qwen.vision_start_token_id,
-            vision_end=qwen.vision_end_token_id,
-            eos=qwen.eos_token_id,
-        )
+DEFAULT_MAX_BLOCKS = 256
+Expand = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def derive_seed(base: int, counter: int) -> int:
@@ -54,91 +30,131 @@ def derive_seed(base: int, counter: int) -> int:
     return (value ^ (value >> 31)) >> 1
 
 
-def prompt_rows(prompt: Prompt, space: IdSpace) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 [S, N+1] of a prompt, and which of them are placeholders of images, bool [S].
+def prompt_rows(
+    prompt: Prompt, config: KelixConfig, expand: Expand
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [S, N+1] of a prompt, and which of them stand for images, bool [S].
 
-    Placeholder rows hold image_token_id until `place_images` fills them. Raises InputError for an
-    empty prompt, a wrong shape or ids the model does not have.
+    With pixel_values, image rows hold some visual code until the images are encoded. Raises
+    InputError for an empty prompt, wrong shapes, ids the model does not have, and a number of
+    placeholders other than that of the image blocks.
     """
     ids = integer_array("prompt ids", prompt.ids)
     if ids.size == 0:
         raise InputError("prompt ids must hold at least one id, got none")
-    width = space.num_codes + 1
-    if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[1] != width):
-        raise InputError(
-            f"prompt ids must have shape [S] or [S, N+1={width}], got {list(ids.shape)}"
-        )
-    _check_range("prompt ids", ids, 0, space.total)
-    placed = np.zeros(ids.shape, dtype=bool) if space.image is None else ids == space.image
-    if ids.ndim == 2:
-        if not placed.any():
-            return np.ascontiguousarray(ids), np.zeros(len(ids), dtype=bool)
-        if (ids[:, 0] >= space.text_vocab).any():
+    placed = np.zeros(len(ids), dtype=bool)
+    marker, text_vocab = config.qwen_config.image_token_id, config.qwen_config.vocab_size
+    if marker is not None and (ids == marker).any():
+        first = ids if ids.ndim == 1 else ids.reshape(len(ids), -1)[:, 0]
+        placed = first == marker
+        if ids.ndim == 2 and (first >= text_vocab).any():
             raise InputError(
                 "prompt ids [S, N+1] must not mix image placeholders with rows of visual codes; "
-                "pass [S] ids and image_ids instead"
+                "pass ids [S] and image_ids instead"
             )
-        ids, placed = ids[:, 0], placed[:, 0]
-    rows = np.full((len(ids), width), space.block_end, dtype=np.int64)
-    rows[:, 0] = ids
-    rows[placed, : space.num_codes] = space.image if space.image is not None else 0
-    return rows, placed
+    images = _image_ids(prompt, int(placed.sum()), config)
+    rows = expand(torch.from_numpy(ids), None if images is None else torch.from_numpy(images))
+    return rows.numpy(), placed
 
 
-def place_images(
-    rows: np.ndarray, placed: np.ndarray, image_ids: Any, space: IdSpace
-) -> np.ndarray:
-    """A copy of `rows` with image_ids [n, N] in the placeholder rows.
+def _image_ids(prompt: Prompt, placeholders: int, config: KelixConfig) -> np.ndarray | None:
+    """The ids for the placeholders; any visual ids where patches are still to be encoded."""
+    text_vocab = config.qwen_config.vocab_size
+    if prompt.image_ids is not None:
+        if prompt.pixel_values is not None:
+            raise InputError("prompt: give either image_ids or pixel_values, not both")
+        values = integer_array("image_ids", prompt.image_ids)
+        if values.size and values.min() < text_vocab:
+            raise InputError(
+                f"image_ids must be ids of visual codes (at least vocab_size {text_vocab}; code c "
+                f"of sub-codebook j is {text_vocab} + j*K + c), got {values.min()}"
+            )
+        return values
+    if (prompt.pixel_values is None) != (prompt.image_grid_thw is None):
+        raise InputError("prompt: pixel_values and image_grid_thw must be given together")
+    if prompt.pixel_values is None or prompt.image_grid_thw is None:
+        return None
+    check_patches(prompt.pixel_values, prompt.image_grid_thw)
+    blocks = block_count(prompt.image_grid_thw)
+    if blocks != placeholders:
+        raise InputError(
+            f"prompt: {placeholders} image placeholders, but the images have {blocks} blocks; "
+            "every block needs one placeholder"
+        )
+    return np.full((blocks, config.num_codes), text_vocab, dtype=np.int64)
 
-    Raises InputError unless n equals the number of placeholders and all are ids of visual codes.
+
+def drawing_prompt(prompt: Prompt, config: KelixConfig) -> Prompt:
+    """The prompt with vision_start as its last id, so that the next block is a visual one."""
+    start = config.qwen_config.vision_start_token_id
+    if start is None or config.qwen_config.vision_end_token_id is None:
+        raise ConfigError("drawing: the model's config names no vision_start and vision_end ids")
+    ids = integer_array("prompt ids", prompt.ids)
+    if ids.ndim != 1 or ids.size == 0:
+        raise InputError(
+            f"drawing: prompt ids must have shape [S] with S > 0, got {list(ids.shape)}"
+        )
+    return prompt if ids[-1] == start else replace(prompt, ids=np.append(ids, start))
+
+
+def end_rules(
+    prompt_length: int,
+    sampling: SamplingParams,
+    config: KelixConfig,
+    *,
+    draw: bool,
+    max_positions: int,
+    capacity: int,
+    max_condition_length: int,
+) -> EndRules:
+    """When a request ends; InputError where the model has too few positions for it.
+
+    capacity: positions the KV cache has room for; it only bounds a default of max_blocks.
     """
-    values = integer_array("image_ids", image_ids)
-    if values.ndim != 2 or values.shape[1] != space.num_codes:
+    unfed = 0 if draw else 1  # the last block is fed to the model only to close an image
+    room = max_positions - prompt_length + unfed
+    if prompt_length > max_positions or room < 1:
         raise InputError(
-            f"image_ids must have shape [n, N={space.num_codes}], got {list(values.shape)}"
+            f"prompt: {prompt_length} blocks leave no room for an answer, max_model_len is "
+            f"{max_positions}"
         )
-    check_count(int(placed.sum()), len(values))
-    _check_range("image_ids", values, space.text_vocab, space.total)
-    filled = rows.copy()
-    filled[placed, : space.num_codes] = values
-    return filled
-
-
-def check_count(placeholders: int, blocks: int) -> None:
-    """Raises InputError unless every image placeholder has one visual block."""
-    if placeholders != blocks:
+    if sampling.max_blocks is not None and sampling.max_blocks > room:
         raise InputError(
-            f"prompt: image placeholders and image blocks must be equally many, got {placeholders} "
-            f"placeholders and {blocks} blocks"
+            f"prompt: {prompt_length} blocks and max_blocks={sampling.max_blocks} exceed "
+            f"max_model_len {max_positions}; max_blocks can be {room} at most"
         )
+    default = 2 * max_condition_length + 10 if draw else DEFAULT_MAX_BLOCKS
+    in_memory = max(capacity - prompt_length + unfed, 1)
+    qwen = config.qwen_config
+    stop_ids = set(sampling.stop_ids)
+    if qwen.eos_token_id is not None and not sampling.ignore_eos:
+        stop_ids.add(qwen.eos_token_id)
+    return EndRules(
+        frozenset(stop_ids),
+        sampling.max_blocks or min(default, room, in_memory),
+        qwen.vision_end_token_id if draw else None,
+    )
 
 
-def reported_rows(rows: np.ndarray, placed: np.ndarray | None, space: IdSpace) -> np.ndarray:
+def reported_rows(rows: np.ndarray, placed: np.ndarray, config: KelixConfig) -> np.ndarray:
     """Rows as they are reported: image rows of the prompt as [image_token_id x N, Q]."""
     report = rows.copy()
-    if placed is not None and space.image is not None:
-        report[: len(placed)][placed, : space.num_codes] = space.image
+    marker = config.qwen_config.image_token_id
+    if marker is not None:
+        report[: len(placed)][placed, : config.num_codes] = marker
     return report
 
 
 def integer_array(name: str, value: Any) -> np.ndarray:
     """int64 array of a list, array or tensor of integers; InputError for anything else."""
-    if hasattr(value, "detach"):
+    if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
-    except ValueError:
-        array = np.empty(1, dtype=object)  # a ragged list
+    except (ValueError, OverflowError):
+        raise InputError(f"{name} must be integers in a regular shape, got {value!r}") from None
+    if array.ndim == 0:
+        raise InputError(f"{name} must be a sequence of integers, got {value!r}")
     if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise InputError(f"{name} must be integers in a regular shape, got {_describe(array)}")
+        raise InputError(f"{name} must be integers, got dtype {array.dtype}")
     return array.astype(np.int64)
-
-
-def _describe(array: np.ndarray) -> str:
-    return "other objects or a ragged list" if array.dtype == object else f"dtype {array.dtype}"
-
-
-def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
-    if values.size and (values.min() < low or values.max() >= high):
-        bad = values[(values < low) | (values >= high)].flat[0]
-        raise InputError(f"{name} must be in [{low}, {high}), got {bad}")

@@ -96,6 +96,11 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self.waiting or self.running or self.rendering)
 
+    @property
+    def capacity(self) -> int:
+        """Positions that one request can have when it runs alone."""
+        return self.pool.num_pages * self.pool.page_size
+
     def add(self, sequence: Sequence) -> None:
         """Queues a request. CapacityError when it could not run even alone."""
         pages = self._pages(sequence.max_positions)
@@ -120,14 +125,16 @@ class Scheduler:
 
     def advance(self, plan: BlockPlan) -> None:
         """Books the rows of a block step that has run; full pages become shareable."""
-        page_size = self.pool.page_size
         for span in plan.spans:
             sequence = span.sequence
             if sequence.handle is None:  # aborted or failed meanwhile
                 continue
             sequence.advance(span.count)
-            if self.prefix_cache and span.start // page_size != sequence.computed // page_size:
-                self.pool.commit(sequence.handle, sequence.rows[: sequence.computed])
+            # A prompt is shared once its first block was drawn, so never one that gives NaN.
+            if self.prefix_cache and sequence.pending == 0:
+                full = sequence.computed - sequence.computed % self.pool.page_size
+                if full > self.pool.num_committed(sequence.handle):
+                    self.pool.commit(sequence.handle, sequence.rows[:full])
 
     def start_render(self, sequence: Sequence) -> None:
         """Moves a sequence whose condition is ready to the denoise queue; frees its pages."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,8 +64,10 @@ class Sequence:
         self.hidden_parts: list[Tensor] = []
         self.hidden_count = 0
         self.render = render
-        self.image_rows: np.ndarray | None = None  # placeholders: reported, not fed, as such
+        self.placed: np.ndarray | None = None  # bool [S]: rows that are image placeholders
         self.pixels: tuple[Tensor, Tensor] | None = None  # set until the images are encoded
+        self.render_state: Any = None  # the render stage's own
+        self.condition_length = 0
         self.handle: int | None = None
         self.finish_reason: FinishReason | None = None
         self.image_closed = False
@@ -120,6 +122,12 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.generated == self.ends.max_blocks:
             self.finish_reason = "length"
+
+    def force(self, blocks: np.ndarray) -> None:
+        """Takes known blocks [n, N+1] for the generated ones: an image that is given, closed."""
+        self.rows[self.length : self.length + len(blocks)] = blocks
+        self.length += len(blocks)
+        self.image_closed = True
 
     def advance(self, count: int) -> None:
         """Marks `count` more rows as computed; a closed image ends once its end is fed."""

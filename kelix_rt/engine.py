@@ -1,0 +1,269 @@
+"""The public face: chat, draw, encode, reconstruct, and raw blocks, on top of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kelix_rt.core import EngineCore
+from kelix_rt.intake import reported_rows
+from kelix_rt.loading import load_parts
+from kelix_rt.processing import ChatProcessor, ImageProcessor, TextTokenizer
+from kelix_rt.processing.sources import ImageSource
+from kelix_rt.processing.text import TOKENIZER_FILES
+from kelix_rt.reply import ReplyText
+from kelix_rt.request import (
+    BlockEvent,
+    BlockOutput,
+    ChatOutput,
+    Event,
+    ImageCodes,
+    ImageOutput,
+    Output,
+    Prompt,
+    RenderParams,
+    RequestDone,
+    RequestFailed,
+    SamplingParams,
+    TextDelta,
+    Timings,
+    Usage,
+)
+
+Messages = Items[Mapping[str, Any]]
+PromptLike = Prompt | Items[int] | np.ndarray | Tensor
+
+
+class Engine(EngineCore):
+    """A Kelix checkpoint ready to serve. Make one with `from_pretrained`.
+
+    Every call may run next to others: requests of all calls share the same steps. Not
+    thread-safe: one thread calls all methods.
+    """
+
+    directory: Path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dit: str | Path | None = None,
+        vae: str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        **options: Any,
+    ) -> Engine:
+        """Loads a Kelix checkpoint: a local directory or a hub id.
+
+        dit, vae: the image DiT and its autoencoder; subfolders dit/ and vae/ of the model are
+        found without. Both are needed for drawing only. device: "auto" takes a GPU when there is
+        one. dtype: "auto" keeps what is stored; or "bfloat16", "float16", "float32". options: the
+        fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or NativeError.
+        """
+        parts = load_parts(model, dit, vae, device, dtype, options)
+        engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
+        engine.directory = parts.directory
+        return engine
+
+    @cached_property
+    def images(self) -> ImageProcessor:
+        """Resizes images and cuts them into patches as the checkpoint says."""
+        patch = self.config.tokenizer_config.vision_config.patch_size
+        return ImageProcessor.from_pretrained(self.directory, patch_size=patch)
+
+    @cached_property
+    def has_text(self) -> bool:
+        """Whether the checkpoint's directory holds a tokenizer."""
+        return any((self.directory / name).is_file() for name in TOKENIZER_FILES)
+
+    @cached_property
+    def text(self) -> TextTokenizer:
+        """The checkpoint's tokenizer. ConfigError when its directory holds none."""
+        return TextTokenizer.from_pretrained(
+            self.directory, self.options.trust_remote_code, self.config.qwen_config.vocab_size
+        )
+
+    @cached_property
+    def processor(self) -> ChatProcessor:
+        """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
+        return ChatProcessor(self.text, self.images, self.config.qwen_config)
+
+    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
+        """Answers OpenAI-style messages, which may hold images.
+
+        Raises InputError for messages that cannot be used, ConfigError without a tokenizer.
+        """
+        prompt = self.chat_prompt(messages)
+        output = self._run_one(self.add_request(prompt, sampling))
+        return ChatOutput(
+            self._reply_text(output.blocks),
+            output.blocks,
+            output.usage,
+            output.finish_reason,
+            output.timings,
+        )
+
+    def chat_prompt(self, messages: Messages) -> Prompt:
+        """The prompt `chat` runs, for add_request and stream."""
+        encoded = self.processor.encode(messages)
+        if not encoded.images:
+            return Prompt(encoded.ids)
+        pixels, grids = zip(*encoded.images, strict=True)
+        return Prompt(encoded.ids, pixel_values=torch.cat(pixels), image_grid_thw=torch.cat(grids))
+
+    def generate_image(
+        self,
+        prompt: str | PromptLike,
+        *,
+        sampling: SamplingParams | None = None,
+        render: RenderParams | None = None,
+    ) -> ImageOutput:
+        """Draws an image of a description, or after prompt ids.
+
+        sampling: None is greedy, as the release draws. Raises ConfigError without an image DiT, or
+        for a description without a tokenizer.
+        """
+        request = self.add_request(
+            self.drawing_prompt(prompt), sampling, render=render or RenderParams()
+        )
+        return self._image(request)
+
+    def drawing_prompt(self, prompt: str | PromptLike) -> PromptLike:
+        """Prompt ids that make the model draw; ids are returned as they are."""
+        if isinstance(prompt, str):
+            return Prompt(self.processor.encode_image_prompt(prompt))
+        return prompt
+
+    def encode_image(
+        self, image: ImageSource, *, size: tuple[int, int] | None = None
+    ) -> ImageCodes:
+        """Visual codes of an image (PIL, path, bytes or data URL); size: (height, width) wanted."""
+        stage = self.runner.encode_stage()
+        pixels, grid = self.images.preprocess(image, size=size)
+        frames, rows, columns = grid[0].tolist()
+        return ImageCodes(stage.codes(pixels, grid), (frames, rows, columns))
+
+    def reconstruct(
+        self,
+        image: ImageSource,
+        *,
+        prompt: str | PromptLike | None = None,
+        size: tuple[int, int] | None = None,
+        render: RenderParams | None = None,
+    ) -> ImageOutput:
+        """Encodes an image and draws it again from its codes, without generating any block.
+
+        prompt: what stands in front of the image; None is vision_start alone. size: (height,
+        width) the image is encoded at; the released DiT was trained on 504 x 504.
+        """
+        self.runner.render_stage()
+        codes = self.encode_image(image, size=size)
+        start = self.config.qwen_config.vision_start_token_id
+        before = self.drawing_prompt([start] if prompt is None and start is not None else prompt)
+        return self._image(self.add_forced_image(before, codes.codes, render or RenderParams()))
+
+    def generate(
+        self, prompts: Items[PromptLike], sampling: SamplingParams | None = None
+    ) -> list[Output]:
+        """Answers prompts together; outputs in their order.
+
+        Raises InputError or CapacityError, and runs nothing, when one of them cannot be served. A
+        request that fails on the way gives an Output with finish_reason "error".
+        """
+        numbers: list[int] = []
+        try:
+            for prompt in prompts:
+                numbers.append(self.add_request(prompt, sampling))
+        except BaseException:
+            for number in numbers:
+                self.abort(number)
+            raise
+        return [self._as_output(event) for event in self.run_to_end(numbers)]
+
+    def stream(
+        self,
+        prompt: str | Messages | PromptLike,
+        sampling: SamplingParams | None = None,
+        *,
+        render: RenderParams | None = None,
+    ) -> Iterator[Event]:
+        """Events of one request as they happen; leaving the iterator early aborts it.
+
+        prompt: messages, a plain question, or a prompt; with `render`, what to draw. Text comes as
+        TextDelta where the checkpoint has a tokenizer; the last event is RequestDone or
+        RequestFailed. Input errors are raised by the first next().
+        """
+        if render is not None:
+            request = self.drawing_prompt(prompt)  # type: ignore[arg-type]
+        elif isinstance(prompt, str):
+            request = self.chat_prompt([{"role": "user", "content": prompt}])
+        elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+            request = self.chat_prompt(prompt)
+        else:
+            request = prompt  # type: ignore[assignment]
+        reply = None
+        if render is None and self.has_text:
+            reply = ReplyText(self.text, self.config.qwen_config)
+        for event in self.collect(self.add_request(request, sampling, render=render)):
+            if reply is not None and isinstance(event, BlockEvent | RequestDone):
+                ended = isinstance(event, RequestDone)
+                piece = reply.finish() if ended else reply.push(event.ids[0])
+                if piece:
+                    yield TextDelta(event.request_id, piece)
+            yield event
+
+    def generate_blocks(
+        self,
+        prompt_ids: Items[int] | np.ndarray | Tensor,
+        image_ids: np.ndarray | Tensor | None = None,
+        sampling: SamplingParams | None = None,
+        return_hidden: bool = False,
+    ) -> BlockOutput:
+        """The model without text: ids in, ids out.
+
+        prompt_ids: [S] ids with image placeholders, or whole rows [S, N+1]. image_ids: [n, N] ids
+        of the unified vocabulary for the placeholders. Returns ids int64 [S+n, N+1], image rows of
+        the prompt as [image_token_id x N, Q], and on demand the hidden states [S+n-1, D].
+        """
+        request = self.add_request(
+            Prompt(prompt_ids, image_ids), sampling, return_hidden=return_hidden
+        )
+        sequence = self._requests[request]
+        output = self._run_one(request)
+        rows = sequence.rows[: sequence.length]
+        placed = sequence.placed if np.ndim(prompt_ids) == 1 else None
+        report = rows.copy() if placed is None else reported_rows(rows, placed, self.config)
+        return BlockOutput(torch.from_numpy(report), output.hidden)
+
+    def _reply_text(self, blocks: np.ndarray) -> str:
+        return ReplyText(self.text, self.config.qwen_config).decode(blocks[:, 0].tolist())
+
+    def _as_output(self, event: RequestDone | RequestFailed) -> Output:
+        if isinstance(event, RequestDone):
+            output = event.output
+            return (
+                replace(output, text=self._reply_text(output.blocks)) if self.has_text else output
+            )
+        nothing = np.empty((0, self.config.num_codes + 1), dtype=np.int64)
+        return Output(event.request_id, nothing, "error", Usage(), Timings(), error=event.error)
+
+    def _image(self, request: int) -> ImageOutput:
+        image = self._run_one(request).image
+        assert image is not None
+        return image
+
+    def _run_one(self, request: int) -> Output:
+        """Runs one request to its end and raises what it failed with."""
+        (event,) = self.run_to_end([request])
+        if isinstance(event, RequestFailed):
+            raise event.error
+        return event.output

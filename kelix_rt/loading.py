@@ -1,0 +1,104 @@
+"""From paths and options to the parts of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kelix_rt._host import PagePool
+from kelix_rt.checkpoint import resolve
+from kelix_rt.config import EngineConfig, KelixConfig, read_config
+from kelix_rt.errors import ConfigError
+from kelix_rt.memory import available_bytes, choose_pages, max_positions
+from kelix_rt.models.language_model import KelixLM
+from kelix_rt.runner import Runner
+from kelix_rt.scheduler import Scheduler
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    directory: Path
+    runner: Runner
+    scheduler: Scheduler
+    options: EngineConfig
+    max_positions: int
+
+
+def load_parts(
+    model: str | Path,
+    dit: str | Path | None,
+    vae: str | Path | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    options: Mapping[str, Any],
+) -> Parts:
+    """Loads the models and books the KV cache; arguments as `Engine.from_pretrained`."""
+    chosen = EngineConfig.from_json(options)
+    if chosen.head_image_mode:
+        raise ConfigError("head_image_mode: the Block Decoder has no such mode; leave it False")
+    directory = resolve(model)
+    config = read_config(directory)
+    if not isinstance(config, KelixConfig):
+        raise ConfigError(f"Engine: {directory} must hold a Kelix language model, got {config}")
+    target, wanted = choose_device(device), choose_dtype(dtype)
+    language = KelixLM.from_pretrained(directory, target, wanted)
+    dit_path, vae_path = find_drawing(directory, dit, vae)
+    render = None
+    if dit_path is not None and vae_path is not None:
+        from kelix_rt.stages.render import RenderStage  # brings diffusers, which is slow to import
+
+        render = RenderStage.from_pretrained(dit_path, vae_path, target, wanted)
+    positions = max_positions(config, chosen)
+    pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
+    pool = PagePool(pages, chosen.page_size, config.num_codes + 1)
+    scheduler = Scheduler(
+        pool,
+        max_batch=chosen.max_batch,
+        max_step_tokens=chosen.max_step_tokens,
+        prefix_cache=chosen.prefix_cache,
+    )
+    runner = Runner(language, pool, chosen, max_positions=positions, render=render)
+    return Parts(directory, runner, scheduler, chosen, positions)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {device!r} is not a device: {error}") from None
+
+
+def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto": what the checkpoint stores."""
+    if dtype == "auto":
+        return None
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def find_drawing(
+    directory: Path, dit: str | Path | None, vae: str | Path | None
+) -> tuple[Path | None, Path | None]:
+    """The directories of DiT and autoencoder: those given, else subfolders that exist."""
+    found = [
+        resolve(given) if given is not None else directory / name
+        for name, given in (("dit", dit), ("vae", vae))
+    ]
+    dit_path, vae_path = (path if path.is_dir() else None for path in found)
+    if (dit_path is None) != (vae_path is None):
+        missing = "dit" if dit_path is None else "vae"
+        raise ConfigError(f"drawing needs both the DiT and its VAE, but there is no {missing}=")
+    return dit_path, vae_path

@@ -1,0 +1,110 @@
+"""Turns a step's plan into tensors, runs its stage and hands back what the host has to know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kelix_rt.batch import StepBuffer
+from kelix_rt.errors import ConfigError
+from kelix_rt.models.backbone import PagedKV
+from kelix_rt.scheduler import BlockPlan
+from kelix_rt.sequence import Sequence
+from kelix_rt.stages.encode import EncodeStage
+from kelix_rt.stages.generate import GenerateStage
+
+if TYPE_CHECKING:
+
+    from kelix_rt._host import PagePool
+    from kelix_rt.config import EngineConfig
+    from kelix_rt.models.language_model import KelixLM
+    from kelix_rt.stages.render import RenderStage
+
+
+class Runner:
+    """Owns the models, the KV tensors and the step buffers; knows nothing of queues."""
+
+    def __init__(
+        self,
+        model: KelixLM,
+        pool: PagePool,
+        options: EngineConfig,
+        *,
+        max_positions: int,
+        render: RenderStage | None,
+    ) -> None:
+        parameter = next(model.parameters())
+        self.model = model
+        self.device = parameter.device
+        self.dtype = parameter.dtype
+        qwen = model.config.qwen_config
+        self.kv = PagedKV.allocate(qwen, pool.num_pages, pool.page_size, self.device, self.dtype)
+        self.buffer = StepBuffer(
+            pool,
+            max_tokens=options.max_step_tokens,
+            max_batch=options.max_batch,
+            max_positions=max_positions,
+            device=self.device,
+        )
+        self.generate = GenerateStage(model, self.kv)
+        self.render = render
+        tokenizer = model.visual_tokenizer
+        self.encode = (
+            None
+            if tokenizer is None
+            else EncodeStage(tokenizer, qwen.vocab_size, options.codes_mode)
+        )
+        self.max_condition_length = options.max_condition_length
+
+    def encode_stage(self) -> EncodeStage:
+        """The encode stage. ConfigError when the checkpoint has no vision tokenizer."""
+        if self.encode is None:
+            raise ConfigError(
+                "encode: the checkpoint holds no vision tokenizer (visual_tokenizer.*)"
+            )
+        return self.encode
+
+    def render_stage(self) -> RenderStage:
+        """The render stage. ConfigError when no image DiT was loaded."""
+        if self.render is None:
+            raise ConfigError(
+                "drawing needs the image DiT and its VAE: pass dit= and vae= to "
+                "Engine.from_pretrained, or put them in the subfolders dit/ and vae/ of the model"
+            )
+        return self.render
+
+    def run_encode(self, sequence: Sequence) -> np.ndarray:
+        """Ids int64 [n, N] of the images of a request."""
+        assert sequence.pixels is not None
+        ids: np.ndarray = self.encode_stage().image_ids(*sequence.pixels).cpu().numpy()
+        return ids
+
+    def run_blocks(self, plan: BlockPlan) -> list[tuple[Sequence, np.ndarray]]:
+        """Computes the rows of a plan; the new blocks int64 [N+1] with their requests.
+
+        The one wait for the device is the read of the new blocks.
+        """
+        batch, drawn, kept = self.buffer.pack(plan)
+        result = self.generate.step(batch)
+        blocks = result.blocks.cpu().numpy()
+        if result.hidden is not None:
+            parts = result.hidden.split([count for _, count in kept])
+            for (span, count), part in zip(kept, parts, strict=True):
+                span.sequence.hidden_parts.append(part)
+                span.sequence.hidden_count += count
+        return [(span.sequence, block) for span, block in zip(drawn, blocks, strict=True)]
+
+    def image_blocks(self, codes: torch.Tensor) -> np.ndarray:
+        """Blocks int64 [T + 1, N+1] of an image of codes [T, N], vision_end being the last."""
+        config = self.model.config
+        ids = self.encode_stage().tokenizer.global_ids(codes, config.qwen_config.vocab_size)
+        blocks = np.full((len(ids) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
+        blocks[:-1, :-1] = ids.cpu().numpy()
+        blocks[-1, 0] = config.qwen_config.vision_end_token_id
+        return blocks
+
+    def hidden(self, sequence: Sequence) -> torch.Tensor:
+        """The hidden states kept for a request, [rows, D], on the device."""
+        return torch.cat(sequence.hidden_parts)
