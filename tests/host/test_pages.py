@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_bad_outputs_are_rejected() -> None:
     assert pool.grow(seq, 2 * PAGE)
     read_only = np.zeros((1, 2), np.int32)
     read_only.flags.writeable = False
-    bad = [
+    bad: list[NDArray[Any]] = [
         np.zeros((1, 2), np.int64),
         np.zeros(2, np.int32),
         np.zeros((0, 2), np.int32),

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
+    MultipleResults,
     RuleBasedStateMachine,
     consumes,
     initialize,
@@ -320,7 +321,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert pages.tolist() == self.pool.page_table(seq).tolist()[: full // PAGE]
 
     @rule(target=sequences, parent=sequences, data=st.data())
-    def fork(self, parent: int, data: st.DataObject) -> object:
+    def fork(self, parent: int, data: st.DataObject) -> int | MultipleResults[int]:
         state = self.running[parent]
         count = data.draw(st.integers(0, state.written), label="rows")
         available = self.pool.num_available
