@@ -5,15 +5,9 @@ Every operator `op` has a plain-torch reference `op_ref` with the same signature
 
 from __future__ import annotations
 
-from kelix_rt.ops.codes import (
-    block_embed,
-    block_embed_ref,
-    codebook_norms,
-    nearest_codes,
-    nearest_codes_ref,
-)
+from kelix_rt.ops import _library as _library  # first: the wrappers below need its schemas
 
-from kelix_rt.ops import _library as _library
+# isort: split
 from kelix_rt.ops.activation import silu_mul, silu_mul_ref
 from kelix_rt.ops.attention import (
     paged_attention,
@@ -26,6 +20,13 @@ from kelix_rt.ops.block_decoder import (
     block_decode,
     block_decode_ref,
     pack_block_decoder,
+)
+from kelix_rt.ops.codes import (
+    block_embed,
+    block_embed_ref,
+    codebook_norms,
+    nearest_codes,
+    nearest_codes_ref,
 )
 from kelix_rt.ops.diffusion import (
     depthwise_glu,

@@ -56,9 +56,7 @@ def nearest_codes_ref(
 ) -> Tensor:
     """Plain-torch `nearest_codes`."""
     if ln_weight is not None and ln_bias is not None:
-        books = [
-            layer_norm_ref(z[:, i], ln_weight[i], ln_bias[i], eps) for i in range(z.shape[1])
-        ]
+        books = [layer_norm_ref(z[:, i], ln_weight[i], ln_bias[i], eps) for i in range(z.shape[1])]
         z = torch.stack(books, dim=1)
     dots = torch.einsum("tnd,nkd->tnk", wide(z), wide(codebooks))
     if reference:
