@@ -7,15 +7,18 @@ condition again nor synchronises with the host. `velocity` does all of it in one
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kelix_rt import ops
-from kelix_rt.config import SanaConfig
+from kelix_rt.config import SanaConfig, read_config
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.models.dit_blocks import NORM_EPS, Block, Rotary
 from kelix_rt.models.dit_condition import ConditionCache, length_mask, pack_condition
+from kelix_rt.models.dit_patches import patchify, unpatchify
 from kelix_rt.models.dit_positions import (
     PIXELS_PER_CONDITION_TOKEN,
     condition_positions,
@@ -27,7 +30,7 @@ from kelix_rt.models.dit_positions import (
 from kelix_rt.models.dit_weights import UNUSED, check_options, condition_rows, weight_map
 from kelix_rt.weights import Checkpoint, OnTensor, load_weights
 
-__all__ = ["KelixDiT", "load_dit", "weight_map"]
+__all__ = ["KelixDiT", "weight_map"]
 
 CONNECTOR_EPS = 1e-5
 TIME_WIDTH = 256
@@ -71,6 +74,36 @@ class KelixDiT(nn.Module):
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
             self.final = nn.Linear(width, area * self.out_channels)
         self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        on_tensor: OnTensor | None = None,
+    ) -> KelixDiT:
+        """Loads a checkpoint directory; dtype None keeps its own, on_tensor as in `load_weights`.
+
+        Raises ConfigError, or WeightError for missing, misshapen or non-finite tensors and for
+        config options that the tensors contradict.
+        """
+        config = read_config(path)
+        if not isinstance(config, SanaConfig):
+            raise ConfigError(f"KelixDiT: {path} must hold a SanaConfig, got {type(config)}")
+        checkpoint = Checkpoint(path)
+        check_options(config, checkpoint)
+        model = cls(config, condition_rows(checkpoint))
+        load_weights(
+            model,
+            checkpoint,
+            weight_map(config),
+            device=device,
+            dtype=dtype,
+            unused=UNUSED,
+            on_tensor=on_tensor,
+        )
+        return model.eval()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,7 +265,7 @@ class KelixDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             part = modulation[MODULATIONS * i : MODULATIONS * (i + 1)]
             x = block(x, part, grid, cache.keys[i], cache.values[i], cache.mask, rotary)
-        return self.unpatchify(self.project_out(x, modulation), grid)
+        return self.read_out(self.project_out(x, modulation), grid)
 
     def _grid(self, latent: Tensor, modulation: Tensor, cache: ConditionCache) -> tuple[int, int]:
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -255,48 +288,19 @@ class KelixDiT(nn.Module):
 
     def embed_latent(self, latent: Tensor) -> Tensor:
         """latent [B, Cin, h, w] -> tokens [B, N, C]: a convolution with stride = kernel = patch."""
-        patch = self.config.patch_size
         latent = latent.to(device=self.device, dtype=self.dtype)
-        if patch == 1:
-            return self.x_embedder(latent.flatten(2).transpose(1, 2))
-        height, width = latent.shape[2:]
-        if patch % 2:  # odd kernels are centred on their cell's first pixel
-            half = patch // 2
-            latent = F.pad(latent, (half, 0, half, 0))[:, :, :height, :width]
-        cells = F.unfold(latent, kernel_size=patch, stride=patch)
-        return self.x_embedder(cells.transpose(1, 2))
+        return self.x_embedder(patchify(latent, self.config.patch_size))
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Final layer: tokens [B, N, C] -> [B, N, patch * patch * out_channels]."""
         return self.final(ops.modulate(x, modulation[-2], modulation[-1], NORM_EPS))
 
-    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, h * w, p * p * out_channels], channel fastest -> [B, Cin, h * p, w * p].
+    def read_out(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens of the final layer -> velocity [B, Cin, height, width].
 
         A predicted variance (pred_sigma) is the second half of the channels and is dropped.
         """
-        patch, channels = self.config.patch_size, self.config.in_channels
-        cells = tokens.unflatten(1, grid).unflatten(-1, (patch, patch, self.out_channels))
-        planes = cells.permute(0, 5, 1, 3, 2, 4)[:, :channels]
-        return planes.flatten(4, 5).flatten(2, 3).contiguous()
-
-
-def load_dit(
-    checkpoint: Checkpoint,
-    config: SanaConfig,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    on_tensor: OnTensor | None = None,
-) -> KelixDiT:
-    """Builds the model for a checkpoint and fills it; arguments as in `load_weights`.
-
-    Raises WeightError for missing, misshapen or non-finite tensors, and for config options that
-    the tensors contradict.
-    """
-    check_options(config, checkpoint)
-    model = KelixDiT(config, condition_rows(checkpoint))
-    mapping = weight_map(config)
-    load_weights(
-        model, checkpoint, mapping, device=device, dtype=dtype, unused=UNUSED, on_tensor=on_tensor
-    )
-    return model.eval()
+        config = self.config
+        return unpatchify(tokens, grid, config.patch_size, self.out_channels)[
+            :, : config.in_channels
+        ]

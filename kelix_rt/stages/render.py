@@ -1,0 +1,181 @@
+"""The render stage: condition -> latent, one denoise step per call -> image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kelix_rt.errors import ConfigError, InputError, WeightError
+from kelix_rt.models.dit import KelixDiT
+from kelix_rt.params import SEED_LIMIT
+from kelix_rt.request import RenderParams
+from kelix_rt.stages.denoise import Denoiser, RenderState, sample
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
+    from PIL import Image
+
+__all__ = ["RenderStage", "RenderState", "decode", "load_vae", "sample", "to_uint8"]
+
+MAX_CONDITION_LENGTH = 720
+
+
+def load_vae(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> AutoencoderDC:
+    """Diffusers' AutoencoderDC from a local directory; dtype None is float32.
+
+    Raises WeightError when the checkpoint lacks tensors (diffusers would leave them random).
+    """
+    from diffusers import AutoencoderDC
+
+    vae, report = AutoencoderDC.from_pretrained(
+        str(path),
+        torch_dtype=dtype,
+        local_files_only=True,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise WeightError(f"{path}: the autoencoder lacks {sorted(report['missing_keys'])}")
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderDC, latent: Tensor) -> Tensor:
+    """Latents [B, C, h, w] of the DiT's scale -> pixels [B, 3, H, W] float32, about -1..1."""
+    scaled = latent.float() / vae.config.scaling_factor
+    pixels: Tensor = vae.decode(scaled.to(vae.dtype)).sample.float()
+    return pixels
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] -> [B, H, W, 3] uint8: clamped, halves rounded to even, in float32."""
+    unit = (pixels.float() / 2 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _compression(vae: AutoencoderDC) -> int:
+    return int(2 ** (len(vae.config.decoder_block_out_channels) - 1))
+
+
+class RenderStage:
+    """Owns the image DiT and its autoencoder; takes requests through start, step..., finish.
+
+    max_condition_length: longer conditions are cut; it is also the padded length that rotary
+    positions are laid out for, and the most rows of the unconditional embedding that guidance
+    uses. Raises ConfigError when the autoencoder does not fit the DiT's latents.
+    """
+
+    def __init__(
+        self,
+        dit: KelixDiT,
+        vae: AutoencoderDC,
+        max_condition_length: int = MAX_CONDITION_LENGTH,
+    ) -> None:
+        config = dit.config
+        pairs = (
+            ("vae_downsample_rate", config.vae_downsample_rate, _compression(vae)),
+            ("in_channels", config.in_channels, int(vae.config.latent_channels)),
+        )
+        for field, expected, got in pairs:
+            if expected != got:
+                raise ConfigError(
+                    f"{field} must agree between DiT and autoencoder, got {expected} and {got}"
+                )
+        self.dit = dit
+        self.vae = vae
+        self.max_condition_length = max_condition_length
+        self.denoiser = Denoiser(dit)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        dit: str | Path,
+        vae: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        max_condition_length: int = MAX_CONDITION_LENGTH,
+    ) -> RenderStage:
+        """Loads both models from local directories; dtype None takes what the DiT stores."""
+        model = KelixDiT.from_pretrained(dit, device, dtype)
+        return cls(model, load_vae(vae, device, model.dtype), max_condition_length)
+
+    def start(self, condition: Tensor, params: RenderParams) -> RenderState:
+        """Prepares one image from the hidden states of its blocks, [n, K] or [1, n, K].
+
+        The starting noise is params.latent, or float32 normal values drawn on the CPU from
+        params.seed (a fresh seed when None), so one seed gives one image on every device. The
+        release draws on its GPU in bfloat16: its noise for a seed is another one.
+        Raises InputError for a size or latent that does not fit, or a condition that is empty,
+        misshapen or not finite.
+        """
+        if condition.dim() == 2:
+            condition = condition.unsqueeze(0)
+        if condition.dim() != 3 or len(condition) != 1 or condition.shape[1] == 0:
+            raise InputError(
+                f"condition must have shape [n, K] or [1, n, K] with n above 0, "
+                f"got {list(condition.shape)}"
+            )
+        latent, seed = self._noise(params)
+        cache = self.dit.prepare_condition(
+            condition[:, : self.max_condition_length],
+            grid_length=condition.shape[1],
+            capacity=self.max_condition_length,
+        )
+        return self.denoiser.start(
+            cache, latent, params.steps, params.cfg, params.shift, params.scheduler, seed
+        )
+
+    def step(self, states: Sequence[RenderState]) -> None:
+        """One denoise step of every state, batched where latent sizes agree."""
+        self.denoiser.step(states)
+
+    def finish(self, state: RenderState) -> Image.Image:
+        """Decodes a state that has taken all its steps. Raises InputError before that."""
+        from PIL import Image
+
+        if not state.done:
+            raise InputError(f"finish: {state.index} of {state.steps} steps were taken")
+        self.denoiser.release(state)
+        return Image.fromarray(to_uint8(decode(self.vae, state.latent))[0].cpu().numpy())
+
+    def latent_shape(self, params: RenderParams) -> tuple[int, int, int, int]:
+        """[1, C, h, w] of a request; sizes not given come from its latent, else the model's.
+
+        Raises InputError for sizes that are not multiples of what one patch covers.
+        """
+        config = self.dit.config
+        rate = config.vae_downsample_rate
+        given = params.latent
+        sides = [config.input_size * rate] * 2
+        if given is not None and given.dim() == 4:
+            sides = [side * rate for side in given.shape[2:]]
+        height = sides[0] if params.height is None else params.height
+        width = sides[1] if params.width is None else params.width
+        unit = rate * config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size < unit or size % unit:
+                raise InputError(f"{name} must be a positive multiple of {unit}, got {size}")
+        shape = (1, config.in_channels, height // rate, width // rate)
+        if given is not None and tuple(given.shape) != shape:
+            raise InputError(
+                f"latent must have shape {list(shape)} for {height}x{width} pixels, "
+                f"got {list(given.shape)}"
+            )
+        return shape
+
+    def _noise(self, params: RenderParams) -> tuple[Tensor, int | None]:
+        shape = self.latent_shape(params)
+        if params.latent is not None:
+            if not math.isfinite(float(params.latent.float().abs().max())):
+                raise InputError("latent holds NaN or infinity")
+            return params.latent, None
+        generator = torch.Generator()
+        seed = generator.seed() % SEED_LIMIT if params.seed is None else params.seed
+        return torch.randn(shape, generator=generator.manual_seed(seed)), seed
