@@ -22,6 +22,7 @@ from kelix_rt.models.backbone import PagedKV, StepContext
 from kelix_rt.models.condition import build_condition, condition_prompt, find_condition
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.ops.sampling import kept_scores
+from kelix_rt.parity import report
 from kelix_rt.parity.report import Check
 
 ABSOLUTE = 3e-5
@@ -90,28 +91,16 @@ class _Golden:
             yield self.compare(key, got, want, tolerance)
 
     def compare(self, name: str, got: Tensor, want: Tensor, tolerance: float = ABSOLUTE) -> Check:
-        if got.shape != want.shape:
-            note = f"shape {list(got.shape)}, expected {list(want.shape)}"
-            return Check(name, float("inf"), tolerance, False, note)
-        difference = got.double() - want.double()
+        """Absolute in float32, relative below."""
         if self.exact:
-            error = float(difference.abs().max())
-        else:
-            error = float(difference.norm() / want.double().norm())
-            tolerance = RELATIVE
-        return Check(name, error, tolerance, error <= tolerance)
+            return report.max_abs(name, got, want, tolerance)
+        return report.relative_rms(name, got, want, RELATIVE)
 
     def equal(self, key: str, got: Tensor, want: Tensor | None = None) -> Iterator[Check]:
-        """Compares integers with fixture `key` (or `want`): the error is the number of mistakes."""
+        """Compares integers with fixture `key` (or `want`); no row when the fixture is absent."""
         want = self.get(key) if want is None else want
-        if want is None:
-            return
-        if got.shape != want.shape:
-            note = f"shape {list(got.shape)}, expected {list(want.shape)}"
-            yield Check(key, float("inf"), 0.0, False, note)
-            return
-        mistakes = int((got != want).sum())
-        yield Check(key, float(mistakes), 0.0, mistakes == 0)
+        if want is not None:
+            yield report.equal(key, got, want)
 
 
 def run(
