@@ -17,6 +17,7 @@ from kelix_rt.memory import available_bytes, choose_pages, max_positions
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.runner import Runner
 from kelix_rt.scheduler import Scheduler
+from kelix_rt.weights import OnTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,6 +40,7 @@ def load_parts(
     device: str | torch.device,
     dtype: str | torch.dtype,
     options: Mapping[str, Any],
+    on_tensor: OnTensor | None = None,
 ) -> Parts:
     """Loads the models and books the KV cache; arguments as `Engine.from_pretrained`."""
     chosen = EngineConfig.from_json(options)
@@ -49,7 +51,7 @@ def load_parts(
     if not isinstance(config, KelixConfig):
         raise ConfigError(f"Engine: {directory} must hold a Kelix language model, got {config}")
     target, wanted = choose_device(device), choose_dtype(dtype)
-    language = KelixLM.from_pretrained(directory, target, wanted)
+    language = KelixLM.from_pretrained(directory, target, wanted, on_tensor)
     dit_path, vae_path = find_drawing(directory, dit, vae)
     render = None
     if dit_path is not None and vae_path is not None:
