@@ -1,0 +1,52 @@
+"""The models; `load` picks the class a directory's config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kelix_rt.checkpoint import resolve
+from kelix_rt.config import KelixConfig, SanaConfig, TokenizerConfig, read_config
+from kelix_rt.errors import ConfigError
+
+_VAE_CLASS = "AutoencoderDC"
+
+
+def load(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Loads a checkpoint directory (or hub id) as the model its config.json describes.
+
+    Returns KelixLM, VisionTokenizer, KelixDiT or diffusers' AutoencoderDC, in eval mode on
+    `device`. dtype None keeps the checkpoint's own. Raises ConfigError or WeightError.
+    """
+    directory = resolve(path)
+    config = read_config(directory)
+    if isinstance(config, KelixConfig):
+        from kelix_rt.models.language_model import KelixLM
+
+        return KelixLM.from_pretrained(directory, device, dtype)
+    if isinstance(config, TokenizerConfig):
+        from kelix_rt.models.vision_tokenizer import VisionTokenizer
+
+        return VisionTokenizer.from_pretrained(directory, device=device, dtype=dtype)
+    if isinstance(config, SanaConfig):
+        from kelix_rt.models.dit import KelixDiT
+
+        return KelixDiT.from_pretrained(directory, device, dtype)
+    return _load_vae(directory, config, torch.device(device), dtype)
+
+
+def _load_vae(
+    directory: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
+    name = config["_class_name"]
+    if name != _VAE_CLASS:
+        raise ConfigError(f"load: _class_name must be {_VAE_CLASS}, got {name!r} in {directory}")
+    from diffusers import AutoencoderDC
+
+    vae: nn.Module = AutoencoderDC.from_pretrained(directory, torch_dtype=dtype)
+    return vae.to(device).eval()

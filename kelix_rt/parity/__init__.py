@@ -1,0 +1,1 @@
+"""Parity with golden outputs of the released implementation, one module per kind of model."""
