@@ -44,9 +44,7 @@ def equal(name: str, got: Tensor, want: Tensor, note: str = "") -> Check:
     return agreement(name, got, want, 0.0, note)
 
 
-def agreement(
-    name: str, got: Tensor, want: Tensor, allowed_share: float, note: str = ""
-) -> Check:
+def agreement(name: str, got: Tensor, want: Tensor, allowed_share: float, note: str = "") -> Check:
     """At most `allowed_share` of the elements differ. Error: number, or share when a share may."""
     if got.shape != want.shape:
         return _other_shape(name, got, want, allowed_share)
