@@ -75,7 +75,7 @@ class KelixLM(nn.Module):
             from kelix_rt.models.vision_tokenizer import VisionTokenizer
 
             model.visual_tokenizer = VisionTokenizer.from_pretrained(
-                path, device=device, dtype=model.dtype, prefix=_TOKENIZER_PREFIX
+                path, _TOKENIZER_PREFIX, device, model.dtype, on_tensor
             )
         return model.eval()
 
