@@ -1,0 +1,11 @@
+// CUDA launchers of the codes stem. Each returns null, or the text of the launch error.
+#pragma once
+
+#include "common/codes.h"
+
+namespace kelix::cuda {
+
+const char* nearest_codes(const NearestCodesArgs& args, void* stream);
+const char* block_embed(const BlockEmbedArgs& args, void* stream);
+
+}  // namespace kelix::cuda
