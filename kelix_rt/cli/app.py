@@ -1,0 +1,34 @@
+"""Assembles the commands and turns expected errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from kelix_rt.cli import generate, images, inspection, parity
+from kelix_rt.cli.output import print_error
+from kelix_rt.errors import KelixError
+
+app = typer.Typer(
+    name="kelix",
+    help="Run Kelix: images and text in, text and images out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.chat)
+app.command()(generate.draw)
+app.command()(images.encode)
+app.command()(images.reconstruct)
+app.command()(inspection.info)
+app.command("parity")(parity.run_parity)
+
+
+def run(args: Sequence[str] | None) -> None:
+    """`kelix_rt.cli.main`."""
+    try:
+        app(args=None if args is None else list(args), prog_name="kelix")
+    except KelixError as error:
+        print_error(error)
+        raise SystemExit(2) from None

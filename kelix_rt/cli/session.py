@@ -1,0 +1,54 @@
+"""Loads what a command needs, with a progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kelix_rt.cli.output import byte_progress
+from kelix_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kelix_rt.engine import Engine
+
+# Lines of the memory ledger that the language model's loader streams in.
+STREAMED = ("backbone", "output head", "embedding table", "block decoder")
+
+
+def load_engine(
+    model: str,
+    dit: str | None,
+    vae: str | None,
+    device: str,
+    dtype: str,
+    *,
+    drawing: bool,
+) -> Engine:
+    """An engine; with `drawing`, ConfigError before any weight is read if DiT or VAE are absent.
+
+    Without `drawing` the DiT is loaded too when it is given or lies in the model's directory.
+    """
+    from kelix_rt.checkpoint import resolve
+    from kelix_rt.engine import Engine
+    from kelix_rt.loading import choose_dtype, find_drawing
+    from kelix_rt.memory import plan
+
+    directory = resolve(model)
+    dit_path, vae_path = find_drawing(directory, dit, vae)
+    if drawing and dit_path is None:
+        raise ConfigError(
+            f"drawing needs the image DiT and its VAE: {directory} has no subfolders dit/ and "
+            "vae/, so pass --dit and --vae"
+        )
+    ledger = plan(directory, dtype=choose_dtype(dtype))
+    total = sum(entry.num_bytes for entry in ledger.entries if entry.name in STREAMED)
+    with byte_progress() as bar:
+        task = bar.add_task(f"loading {Path(model).name}", total=total)
+        return Engine.from_pretrained(
+            directory,
+            dit=dit_path,
+            vae=vae_path,
+            device=device,
+            dtype=dtype,
+            on_tensor=lambda _, size: bar.advance(task, size),
+        )
