@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 16
 MAX_LAYOUTS = 256
-_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
+_DTYPES: dict[type, torch.dtype] = {
+    np.int64: torch.int64,
+    np.int32: torch.int32,
+    np.float32: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class StepBuffer:
         query_start[len(spans)] = row
 
         table, page = host["page_table"], self.pool.page_size
-        self.pool.write_page_tables([span.sequence.handle for span in spans], table)
+        handles = [span.sequence.handle for span in spans if span.sequence.handle is not None]
+        self.pool.write_page_tables(handles, table)
         lengths = np.diff(query_start)
         owners = np.repeat(np.arange(len(spans)), lengths)
         host["slots"][:] = table[owners, positions // page].astype(np.int64) * page

@@ -37,6 +37,7 @@ from kelix_rt.request import (
     Timings,
     Usage,
 )
+from kelix_rt.weights import OnTensor
 
 Messages = Items[Mapping[str, Any]]
 PromptLike = Prompt | Items[int] | np.ndarray | Tensor
@@ -60,16 +61,18 @@ class Engine(EngineCore):
         vae: str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        on_tensor: OnTensor | None = None,
         **options: Any,
     ) -> Engine:
         """Loads a Kelix checkpoint: a local directory or a hub id.
 
         dit, vae: the image DiT and its autoencoder; subfolders dit/ and vae/ of the model are
         found without. Both are needed for drawing only. device: "auto" takes a GPU when there is
-        one. dtype: "auto" keeps what is stored; or "bfloat16", "float16", "float32". options: the
-        fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or NativeError.
+        one. dtype: "auto" keeps what is stored; or "bfloat16", "float16", "float32". on_tensor:
+        called with (name, bytes) after each tensor of the language model, for progress. options:
+        the fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or NativeError.
         """
-        parts = load_parts(model, dit, vae, device, dtype, options)
+        parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
         engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
         engine.directory = parts.directory
         return engine
@@ -167,8 +170,7 @@ class Engine(EngineCore):
         """
         self.runner.render_stage()
         codes = self.encode_image(image, size=size)
-        start = self.config.qwen_config.vision_start_token_id
-        before = self.drawing_prompt([start] if prompt is None and start is not None else prompt)
+        before = self.drawing_prompt(prompt if prompt is not None else [self.runner.vision_start])
         return self._image(self.add_forced_image(before, codes.codes, render or RenderParams()))
 
     def generate(
@@ -214,11 +216,13 @@ class Engine(EngineCore):
         if render is None and self.has_text:
             reply = ReplyText(self.text, self.config.qwen_config)
         for event in self.collect(self.add_request(request, sampling, render=render)):
-            if reply is not None and isinstance(event, BlockEvent | RequestDone):
-                ended = isinstance(event, RequestDone)
-                piece = reply.finish() if ended else reply.push(event.ids[0])
-                if piece:
-                    yield TextDelta(event.request_id, piece)
+            piece = ""
+            if reply is not None and isinstance(event, BlockEvent):
+                piece = reply.push(event.ids[0])
+            elif reply is not None and isinstance(event, RequestDone):
+                piece = reply.finish()
+            if piece:
+                yield TextDelta(event.request_id, piece)
             yield event
 
     def generate_blocks(

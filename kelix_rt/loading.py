@@ -57,7 +57,9 @@ def load_parts(
     if dit_path is not None and vae_path is not None:
         from kelix_rt.stages.render import RenderStage  # brings diffusers, which is slow to import
 
-        render = RenderStage.from_pretrained(dit_path, vae_path, target, wanted)
+        render = RenderStage.from_pretrained(
+            dit_path, vae_path, target, wanted, chosen.max_condition_length
+        )
     positions = max_positions(config, chosen)
     pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
     pool = PagePool(pages, chosen.page_size, config.num_codes + 1)

@@ -10,12 +10,14 @@ import torch
 from kelix_rt.batch import StepBuffer
 from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import PagedKV
-from kelix_rt.scheduler import BlockPlan
+from kelix_rt.models.condition import find_condition
+from kelix_rt.scheduler import BlockPlan, RenderPlan
 from kelix_rt.sequence import Sequence
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
 
     from kelix_rt._host import PagePool
     from kelix_rt.config import EngineConfig
@@ -48,7 +50,7 @@ class Runner:
             max_positions=max_positions,
             device=self.device,
         )
-        self.generate = GenerateStage(model, self.kv)
+        self.generate = GenerateStage(model, self.kv, options.verify_head)
         self.render = render
         tokenizer = model.visual_tokenizer
         self.encode = (
@@ -57,6 +59,22 @@ class Runner:
             else EncodeStage(tokenizer, qwen.vocab_size, options.codes_mode)
         )
         self.max_condition_length = options.max_condition_length
+
+    @property
+    def vision_start(self) -> int:
+        """The id in front of an image. ConfigError when the config names none."""
+        return self._special_id("vision_start_token_id")
+
+    @property
+    def vision_end(self) -> int:
+        """The id behind an image. ConfigError when the config names none."""
+        return self._special_id("vision_end_token_id")
+
+    def _special_id(self, name: str) -> int:
+        value: int | None = getattr(self.model.config.qwen_config, name)
+        if value is None:
+            raise ConfigError(f"qwen_config.{name} is null: this model cannot draw")
+        return value
 
     def encode_stage(self) -> EncodeStage:
         """The encode stage. ConfigError when the checkpoint has no vision tokenizer."""
@@ -102,8 +120,46 @@ class Runner:
         ids = self.encode_stage().tokenizer.global_ids(codes, config.qwen_config.vocab_size)
         blocks = np.full((len(ids) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
         blocks[:-1, :-1] = ids.cpu().numpy()
-        blocks[-1, 0] = config.qwen_config.vision_end_token_id
+        blocks[-1, 0] = self.vision_end
         return blocks
+
+    def condition(self, sequence: Sequence) -> torch.Tensor:
+        """Hidden states [n, D] of a drawing: vision_start, the image's blocks, vision_end."""
+        first = sequence.prompt_length - 1
+        rows = find_condition(
+            torch.from_numpy(sequence.rows[first : sequence.length]),
+            1,
+            self.vision_start,
+            self.vision_end,
+            self.model.config.qwen_config.vocab_size,
+            self.max_condition_length,
+        )
+        assert sequence.hidden_from is not None
+        hidden = self.hidden(sequence)[first - sequence.hidden_from :]
+        return hidden.index_select(0, rows.positions.to(hidden.device))
+
+    def start_render(self, sequence: Sequence) -> None:
+        """Turns the blocks of a drawing into the render stage's state."""
+        assert sequence.render is not None
+        condition = self.condition(sequence)
+        sequence.condition_length = min(len(condition), self.max_condition_length)
+        sequence.render_state = self.render_stage().start(condition, sequence.render)
+
+    def run_render(self, plan: RenderPlan) -> list[tuple[Sequence, tuple[int, int]]]:
+        """One denoise step of each request; (steps taken, steps in all) with it."""
+        self.render_stage().step([sequence.render_state for sequence in plan.sequences])
+        states = [(sequence, sequence.render_state) for sequence in plan.sequences]
+        return [(sequence, (state.index, state.steps)) for sequence, state in states]
+
+    def finish_render(self, sequence: Sequence) -> Image:
+        """The picture of a request whose steps are all taken."""
+        return self.render_stage().finish(sequence.render_state)
+
+    def drop_render(self, sequence: Sequence) -> None:
+        """Lets go of the render state of a request that has ended in whatever way."""
+        if sequence.render_state is not None:
+            self.render_stage().denoiser.release(sequence.render_state)
+            sequence.render_state = None
 
     def hidden(self, sequence: Sequence) -> torch.Tensor:
         """The hidden states kept for a request, [rows, D], on the device."""

@@ -159,9 +159,8 @@ class Scheduler:
     def _plan_render(self) -> RenderPlan | None:
         if not self.rendering:
             return None
-        batch = tuple(self.rendering)[: self.max_render_batch]
-        self.rendering.rotate(-len(batch))
-        return RenderPlan(batch)
+        # Always the oldest ones: a batch that stays together is set up only once.
+        return RenderPlan(tuple(self.rendering)[: self.max_render_batch])
 
     def _plan_blocks(self) -> BlockPlan | None:
         spans: dict[Sequence, Span] = {}

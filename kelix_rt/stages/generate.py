@@ -43,11 +43,22 @@ class BlockResult:
 
 
 class GenerateStage:
-    """Runs the language model over a batch; keeps no state of requests."""
+    """Runs the language model over a batch; keeps no state of requests.
 
-    def __init__(self, model: KelixLM, kv: PagedKV) -> None:
+    verify_head: also compute the whole head of every ancestral block and count how often its
+    most likely id is one that the restricted head does not look at. Slow; for checking a model.
+    """
+
+    def __init__(self, model: KelixLM, kv: PagedKV, verify_head: bool = False) -> None:
         self.model = model
         self.kv = kv
+        self.verify_head = verify_head
+        self._escapes = torch.zeros((), dtype=torch.int64, device=kv.k.device)
+
+    @property
+    def head_escapes(self) -> int:
+        """Slots whose most likely id was not admissible, since the start; 0 unless verified."""
+        return int(self._escapes)
 
     @torch.inference_mode()
     def step(self, batch: BlockBatch) -> BlockResult:
@@ -74,5 +85,9 @@ class GenerateStage:
                     batch.steps[part],
                     reference=reference,
                 )
+                if self.verify_head and not reference:
+                    self._escapes += self.model.count_head_escapes(
+                        last[part], blocks.clamp(min=0)
+                    ).sum()
                 parts.append(blocks)
         return parts[0] if len(parts) == 1 else torch.cat(parts)

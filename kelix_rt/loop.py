@@ -1,0 +1,235 @@
+"""The loop: unfinished requests, one step at a time, typed events out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+from kelix_rt.errors import KelixError
+from kelix_rt.request import (
+    BlockEvent,
+    Event,
+    ImageDone,
+    ImageOutput,
+    ImageProgress,
+    Output,
+    RequestDone,
+    RequestFailed,
+)
+from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, StepPlan
+from kelix_rt.sequence import Sequence
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from kelix_rt.config import KelixConfig
+    from kelix_rt.runner import Runner
+
+
+class Loop:
+    """Continuous batching over one runner. Not thread-safe: one thread calls all methods."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.config: KelixConfig = runner.model.config
+        self._requests: dict[int, Sequence] = {}
+        self._mail: dict[int, deque[Event]] = {}  # of calls that wait for a request
+        self._unread: deque[Event] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished."""
+        return self.scheduler.has_work
+
+    def submit(self, sequence: Sequence) -> int:
+        """Queues a request and returns its number. CapacityError when it could never run."""
+        self.scheduler.add(sequence)
+        self._requests[sequence.request_id] = sequence
+        return sequence.request_id
+
+    def abort(self, request_id: int) -> Output | None:
+        """Ends a request at once, frees what it holds and emits its RequestDone.
+
+        None when there is no such request or it has ended.
+        """
+        sequence = self._requests.get(request_id)
+        if sequence is None:
+            return None
+        sequence.finish_reason = "abort"
+        return self._finish(sequence)
+
+    def step(self) -> list[Event]:
+        """Runs one step; the events it caused, [] when there is nothing to do.
+
+        An exception inside the step fails the requests of that step (RequestFailed) and leaves
+        the others as they were. KeyboardInterrupt and the like fail them too and are raised.
+        Events of requests that another call of this engine waits for go to that call.
+        """
+        self._step()
+        events = list(self._unread)
+        self._unread.clear()
+        return events
+
+    def collect(self, request_id: int) -> Iterator[Event]:
+        """The events of one request until its last one, running steps as needed.
+
+        Leaving the iterator early aborts the request.
+        """
+        mail = self._mail[request_id] = deque()
+        try:
+            while True:
+                while not mail:
+                    self._run_for(request_id)
+                event = mail.popleft()
+                yield event
+                if isinstance(event, RequestDone | RequestFailed):
+                    return
+        finally:
+            del self._mail[request_id]
+            self.abort(request_id)
+
+    def run_to_end(self, request_ids: Items[int]) -> list[RequestDone | RequestFailed]:
+        """Runs until these requests have ended; their last events, in the order given."""
+        for number in request_ids:
+            self._mail[number] = deque()
+        ended: dict[int, RequestDone | RequestFailed] = {}
+        try:
+            for number in request_ids:
+                mail = self._mail[number]
+                while number not in ended:
+                    while not mail:
+                        self._run_for(number)
+                    event = mail.popleft()
+                    if isinstance(event, RequestDone | RequestFailed):
+                        ended[number] = event
+        finally:
+            for number in request_ids:
+                del self._mail[number]
+                self.abort(number)
+        return [ended[number] for number in request_ids]
+
+    def _run_for(self, request_id: int) -> None:
+        if request_id not in self._requests:
+            raise KelixError(f"request {request_id} is not running, so it has no more events")
+        self._step()
+
+    def _emit(self, event: Event) -> None:
+        self._mail.get(event.request_id, self._unread).append(event)
+
+    def _step(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return
+        try:
+            self._run(plan)
+        except Exception as error:
+            self._fail_all(plan, error)
+        except BaseException as error:
+            self._fail_all(plan, KelixError(f"the step was interrupted: {error!r}"))
+            raise
+
+    def _run(self, plan: StepPlan) -> None:
+        if isinstance(plan, BlockPlan):
+            self._run_blocks(plan)
+        elif isinstance(plan, RenderPlan):
+            self._run_render(plan)
+        else:
+            self._run_encode(plan)
+
+    def _run_encode(self, plan: EncodePlan) -> None:
+        for sequence in plan.sequences:
+            ids = self.runner.run_encode(sequence)
+            prompt = sequence.rows[: sequence.prompt_length]
+            prompt[sequence.placed, : self.config.num_codes] = ids
+            self.scheduler.encoded(sequence)
+
+    def _run_blocks(self, plan: BlockPlan) -> None:
+        blocks = self.runner.run_blocks(plan)
+        for sequence, block in blocks:
+            if (block < 0).any():
+                error = KelixError(
+                    f"request {sequence.request_id}: the logits of block {sequence.generated} are "
+                    "not finite; the weights or the prompt drive the model out of range"
+                )
+                self._fail(sequence, error)
+        self.scheduler.advance(plan)
+        for sequence, block in blocks:
+            if sequence.request_id in self._requests:
+                sequence.append(block)
+                index = sequence.generated - 1
+                self._emit(BlockEvent(sequence.request_id, index, tuple(block.tolist())))
+        for sequence in plan.sequences:
+            if sequence.finish_reason is None or sequence.request_id not in self._requests:
+                continue
+            sequence.blocks_done = time.perf_counter()
+            if sequence.draws:
+                self._start_render(sequence)
+            else:
+                self._finish(sequence)
+
+    def _start_render(self, sequence: Sequence) -> None:
+        try:
+            self.runner.start_render(sequence)
+        except Exception as error:  # one request's condition; the others of the step are fine
+            self._fail(sequence, error)
+        else:
+            self.scheduler.start_render(sequence)
+
+    def _run_render(self, plan: RenderPlan) -> None:
+        for sequence, (step, steps) in self.runner.run_render(plan):
+            self._emit(ImageProgress(sequence.request_id, step, steps))
+            if step < steps:
+                continue
+            try:
+                image = self.runner.finish_render(sequence)
+            except Exception as error:
+                self._fail(sequence, error)
+            else:
+                self._finish(sequence, image)
+
+    def _finish(self, sequence: Sequence, image: Image | None = None) -> Output:
+        """Takes a request out, and emits its last events."""
+        self._remove(sequence)
+        output = self._output(sequence, image)
+        if output.image is not None:
+            self._emit(ImageDone(sequence.request_id, output.image))
+        self._emit(RequestDone(sequence.request_id, output))
+        return output
+
+    def _output(self, sequence: Sequence, image: Image | None) -> Output:
+        assert sequence.finish_reason is not None
+        blocks, timings = sequence.blocks, sequence.timings()
+        picture = None
+        if image is not None:
+            assert sequence.render is not None
+            assert sequence.render.seed is not None
+            seed = sequence.render.seed
+            picture = ImageOutput(image, blocks, sequence.condition_length, seed, timings)
+        wanted = sequence.hidden_from == 0 and sequence.hidden_parts
+        return Output(
+            sequence.request_id,
+            blocks,
+            sequence.finish_reason,
+            sequence.usage(),
+            timings,
+            image=picture,
+            hidden=self.runner.hidden(sequence) if wanted else None,
+        )
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._remove(sequence)
+        self._emit(RequestFailed(sequence.request_id, error))
+
+    def _fail_all(self, plan: StepPlan, error: Exception) -> None:
+        for sequence in plan.sequences:
+            if sequence.request_id in self._requests:
+                self._fail(sequence, error)
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._requests[sequence.request_id]
+        self.scheduler.remove(sequence)
+        self.runner.drop_render(sequence)
