@@ -46,7 +46,7 @@ def _load_vae(
     name = config["_class_name"]
     if name != _VAE_CLASS:
         raise ConfigError(f"load: _class_name must be {_VAE_CLASS}, got {name!r} in {directory}")
-    from diffusers import AutoencoderDC
+    from kelix_rt.models.vae import load_vae
 
-    vae: nn.Module = AutoencoderDC.from_pretrained(directory, torch_dtype=dtype)
-    return vae.to(device).eval()
+    vae: nn.Module = load_vae(directory, device, dtype)
+    return vae

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kelix_rt.errors import ConfigError, InputError, WeightError
+from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.models.dit import KelixDiT
+from kelix_rt.models.vae import decode, load_vae, to_uint8
 from kelix_rt.params import SEED_LIMIT
 from kelix_rt.request import RenderParams
 from kelix_rt.stages.denoise import Denoiser, RenderState, sample
@@ -20,44 +21,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
     from PIL import Image
 
-__all__ = ["RenderStage", "RenderState", "decode", "load_vae", "sample", "to_uint8"]
+__all__ = ["RenderStage", "RenderState", "sample"]
 
 MAX_CONDITION_LENGTH = 720
-
-
-def load_vae(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> AutoencoderDC:
-    """Diffusers' AutoencoderDC from a local directory; dtype None is float32.
-
-    Raises WeightError when the checkpoint lacks tensors (diffusers would leave them random).
-    """
-    from diffusers import AutoencoderDC
-
-    vae, report = AutoencoderDC.from_pretrained(
-        str(path),
-        torch_dtype=dtype,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    if report["missing_keys"]:
-        raise WeightError(f"{path}: the autoencoder lacks {sorted(report['missing_keys'])}")
-    return vae.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderDC, latent: Tensor) -> Tensor:
-    """Latents [B, C, h, w] of the DiT's scale -> pixels [B, 3, H, W] float32, about -1..1."""
-    scaled = latent.float() / vae.config.scaling_factor
-    pixels: Tensor = vae.decode(scaled.to(vae.dtype)).sample.float()
-    return pixels
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] -> [B, H, W, 3] uint8: clamped, halves rounded to even, in float32."""
-    unit = (pixels.float() / 2 + 0.5).clamp(0, 1)
-    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _compression(vae: AutoencoderDC) -> int:
