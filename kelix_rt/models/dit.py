@@ -18,7 +18,7 @@ from kelix_rt.config import SanaConfig, read_config
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.models.dit_blocks import NORM_EPS, Block, Rotary
 from kelix_rt.models.dit_condition import ConditionCache, length_mask, pack_condition
-from kelix_rt.models.dit_patches import patchify, unpatchify
+from kelix_rt.models.dit_patches import patch_grid, patchify, unpatchify
 from kelix_rt.models.dit_positions import (
     PIXELS_PER_CONDITION_TOKEN,
     condition_positions,
@@ -268,23 +268,14 @@ class KelixDiT(nn.Module):
         return self.read_out(self.project_out(x, modulation), grid)
 
     def _grid(self, latent: Tensor, modulation: Tensor, cache: ConditionCache) -> tuple[int, int]:
-        channels, patch = self.config.in_channels, self.config.patch_size
-        if latent.dim() != 4 or latent.shape[1] != channels or 0 in latent.shape:
-            raise InputError(
-                f"latent must have shape [B, {channels}, h, w], got {list(latent.shape)}"
-            )
-        batch, _, height, width = latent.shape
-        if height % patch or width % patch:
-            raise InputError(
-                f"latent height and width must be multiples of patch_size {patch}, "
-                f"got {height}x{width}"
-            )
+        grid = patch_grid(latent, self.config.in_channels, self.config.patch_size)
+        batch = len(latent)
         if modulation.shape[1] != batch or cache.batch != batch:
             raise InputError(
                 f"latent, timesteps and condition must have one batch size, got {batch}, "
                 f"{modulation.shape[1]} and {cache.batch}"
             )
-        return height // patch, width // patch
+        return grid
 
     def embed_latent(self, latent: Tensor) -> Tensor:
         """latent [B, Cin, h, w] -> tokens [B, N, C]: a convolution with stride = kernel = patch."""

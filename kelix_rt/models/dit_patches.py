@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from kelix_rt.errors import InputError
+
+
+def patch_grid(latent: Tensor, channels: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of a latent [B, channels, h, w]. InputError for other shapes."""
+    if latent.dim() != 4 or latent.shape[1] != channels or 0 in latent.shape:
+        raise InputError(f"latent must have shape [B, {channels}, h, w], got {list(latent.shape)}")
+    height, width = latent.shape[2:]
+    if height % patch or width % patch:
+        raise InputError(
+            f"latent height and width must be multiples of patch_size {patch}, got {height}x{width}"
+        )
+    return height // patch, width // patch
+
 
 def patchify(latent: Tensor, patch: int) -> Tensor:
     """[B, C, h, w] -> [B, (h / patch) * (w / patch), C * patch * patch], (C, row, column) order.

@@ -232,3 +232,41 @@ class PlainDiT:
             patch = token.view(side, side, -1).permute(2, 0, 1)
             image[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = patch
         return image[: latent.shape[0]]
+
+
+RENAMES = (
+    ("x_embedder.proj", "patch_embed.proj"),
+    ("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
+    ("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
+    ("t_block.1", "time_embed.linear"),
+    ("y_embedder.y_proj.fc", "caption_projection.linear_"),
+    ("attention_y_norm", "caption_norm"),
+    ("cross_attn.q_linear", "attn2.to_q"),
+    ("cross_attn.to_", "attn2.to_"),
+    ("cross_attn.proj", "attn2.to_out.0"),
+    ("cross_attn.q_norm", "attn2.norm_q"),
+    ("cross_attn.k_norm", "attn2.norm_k"),
+    (".attn.to_", ".attn1.to_"),
+    (".attn.proj", ".attn1.to_out.0"),
+    (".attn.q_norm", ".attn1.norm_q"),
+    (".attn.k_norm", ".attn1.norm_k"),
+    ("mlp.inverted_conv.conv", "ff.conv_inverted"),
+    ("mlp.depth_conv.conv", "ff.conv_depth"),
+    ("mlp.point_conv.conv", "ff.conv_point"),
+    ("final_layer.linear", "proj_out"),
+    ("final_layer.scale_shift_table", "scale_shift_table"),
+    ("blocks.", "transformer_blocks."),
+)
+
+
+def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint under the names of diffusers' SanaTransformer2DModel."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith(("pos_embed", "y_embedder.y_embedding", "diffusion_connector")):
+            continue
+        target = name
+        for old, new in RENAMES:
+            target = target.replace(old, new)
+        renamed[target] = tensor
+    return renamed

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kelix_rt.errors import ConfigError, InputError, WeightError
 from kelix_rt.models.dit import KelixDiT
+from kelix_rt.models.dit_blocks import LinearSelfAttention
 from kelix_rt.models.dit_condition import merge_conditions
 from kelix_rt.parity import dit as parity
 from kelix_rt.parity.report import failures
-from tests.models.plain_dit import PlainDiT, options, random_tensors, write
+from tests.models.plain_dit import PlainDiT, diffusers_names, options, random_tensors, write
 
 LENGTHS = (9, 4)
 TIMES = (874.99994, 31.7)
@@ -114,43 +115,6 @@ def test_diffusers_agrees(golden: Path) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
 
 
-RENAMES = (
-    ("x_embedder.proj", "patch_embed.proj"),
-    ("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
-    ("t_block.1", "time_embed.linear"),
-    ("y_embedder.y_proj.fc", "caption_projection.linear_"),
-    ("attention_y_norm", "caption_norm"),
-    ("cross_attn.q_linear", "attn2.to_q"),
-    ("cross_attn.to_", "attn2.to_"),
-    ("cross_attn.proj", "attn2.to_out.0"),
-    ("cross_attn.q_norm", "attn2.norm_q"),
-    ("cross_attn.k_norm", "attn2.norm_k"),
-    (".attn.to_", ".attn1.to_"),
-    (".attn.proj", ".attn1.to_out.0"),
-    (".attn.q_norm", ".attn1.norm_q"),
-    (".attn.k_norm", ".attn1.norm_k"),
-    ("mlp.inverted_conv.conv", "ff.conv_inverted"),
-    ("mlp.depth_conv.conv", "ff.conv_depth"),
-    ("mlp.point_conv.conv", "ff.conv_point"),
-    ("final_layer.linear", "proj_out"),
-    ("final_layer.scale_shift_table", "scale_shift_table"),
-    ("blocks.", "transformer_blocks."),
-)
-
-
-def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.startswith(("pos_embed", "y_embedder.y_embedding", "diffusion_connector")):
-            continue
-        target = name
-        for old, new in RENAMES:
-            target = target.replace(old, new)
-        renamed[target] = tensor
-    return renamed
-
-
 def test_rows_equal_each_row_alone(tmp_path: Path) -> None:
     config = options(use_cross_attn_rope=True)
     model, _ = build(tmp_path, config)
@@ -212,6 +176,23 @@ def test_unconditional_reads_the_embedding_without_connector(tmp_path: Path) -> 
         got = model.forward_cached(latent, model.prepare_modulation(times), cache)
         want = plain.velocity(latent[0], TIMES[0], plain.captions(embedding[:used]))
         torch.testing.assert_close(got[0], want, rtol=2e-5, atol=2e-5)
+
+
+def test_linear_attention_divides_by_the_sum_plus_1e_8() -> None:
+    """Features so small that the epsilon decides: 1e-15 or 1e-6 would be far off."""
+    attention = LinearSelfAttention(width=8, head_dim=4, normed=False)
+    weight = torch.cat((1e-4 * torch.eye(8), 1e-5 * torch.eye(8), torch.eye(8)))
+    attention.qkv.weight = torch.nn.Parameter(weight, requires_grad=False)
+    attention.proj.weight = torch.nn.Parameter(torch.eye(8), requires_grad=False)
+    attention.proj.bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))
+    x[:, 2] = -1  # all features zero: the output must be zero, not NaN
+    heads = x.double().unflatten(-1, (2, 4)).transpose(1, 2)
+    scores = 1e-9 * heads.relu() @ heads.relu().transpose(-1, -2)
+    want = (scores @ heads) / (scores.sum(-1, keepdim=True) + 1e-8)
+    got = attention(x)
+    torch.testing.assert_close(got, want.transpose(1, 2).flatten(2).float(), rtol=1e-5, atol=1e-6)
+    assert not got[:, 2].any()
 
 
 def test_timesteps_are_truncated(tmp_path: Path) -> None:
