@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kelix_rt.errors import ConfigError
+from kelix_rt.model_configs import KelixConfig, TokenizerConfig
+
+
+def language(golden: Path, name: str = "tiny_a") -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((golden / "llm" / name / "config.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
+def test_sizes_of_a_language_model(golden: Path, name: str) -> None:
+    data = language(golden, name)
+    config = KelixConfig.from_json(data)
+    qwen = data["qwen_config"]
+    assert config.num_codes == qwen["n_q_tokens"]
+    assert config.block_end == qwen["q_eos_token"]
+    assert config.qwen_config.total_vocab == qwen["vocab_size"] + qwen["codebook_size"]
+    assert config.qwen_config.codes_per_book == 32
+    assert config.tokenizer_config.codes_per_book == 32
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("qwen_config.tie_word_embeddings", True, "tie_word_embeddings must be false"),
+        ("qwen_config.use_multimodal_rope", True, "use_multimodal_rope"),
+        ("qwen_config.num_kv_heads", 3, r"qwen_config\.num_heads must be divisible"),
+        ("qwen_config.head_dim", 15, "head_dim must be even"),
+        ("qwen_config.pre_embedding_size", 12, "pre_embedding_size"),
+        ("qwen_config.image_token_id", 100000, "image_token_id must be a text id"),
+        ("qwen_config.n_q_tokens", 4, r"tokenizer_config\.n_q_tokens must equal"),
+        ("tokenizer_config.codebook_size", 512, r"tokenizer_config\.codebook_size must equal"),
+        ("tokenizer_config.split_voc", 1, "split_voc must equal n_q_tokens"),
+        ("tokenizer_config.vision_config.num_attention_heads", 3, "hidden_size must be divisible"),
+        ("tokenizer_config.vision_config.num_attention_heads", 4, "divisible by 4"),
+        ("token_decoder_config.max_length", 8, "a block would lack codes"),
+        ("token_decoder_config.nhead", 3, "d_model must be divisible"),
+        ("token_decoder_config.input_dim", 63, "input_dim must be null or"),
+        ("token_decoder_config.eos_token", 1, "eos_token must equal"),
+        ("token_decoder_config.reduce", False, "reduce must be true"),
+    ],
+)
+def test_impossible_combinations_name_the_field(
+    golden: Path, field: str, value: object, message: str
+) -> None:
+    data = copy.deepcopy(language(golden))
+    *path, leaf = field.split(".")
+    place = data
+    for name in path:
+        place = place[name]
+    place[leaf] = value
+    with pytest.raises(ConfigError, match=message):
+        KelixConfig.from_json(data)
+
+
+def test_release_tokenizer_sizes() -> None:
+    config = TokenizerConfig.from_json(
+        {"vision_config": {}, "codebook_size": 65536, "split_voc": 8}
+    )
+    assert (config.codes_per_book, config.code_dim) == (8192, 128)
+    assert (config.vision_config.head_dim, config.vision_config.grid) == (72, 27)
+    assert config.has_disjoint_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_voc": 4}, "split_voc must be n_q_tokens"),
+        ({"split_dim": True, "embedding_dim": 127}, "embedding_dim must be divisible"),
+        ({"vq_sampling_mode": "softmax"}, "vq_sampling_mode"),
+        ({"codebook_size": 4, "split_voc": 8}, "codebook_size must be at least split_voc"),
+        ({"fusion_type": "max"}, "fusion_type"),
+    ],
+)
+def test_impossible_tokenizers(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TokenizerConfig.from_json({"vision_config": {}, **options})
+
+
+def test_undivided_codebooks_overlap() -> None:
+    config = TokenizerConfig.from_json({"vision_config": {}, "split_voc": 0})
+    assert config.codes_per_book == config.codebook_size
+    assert not config.has_disjoint_ids
