@@ -28,6 +28,7 @@ QUESTION = "Describe this photo."
 PROMPT = "Draw a red circle on a white table."
 SEED = 7
 STEPS = 20
+LAST_HUE = 212  # of 255; the circle of hues would lead back to the first one
 NOTICE = (
     "The checkpoints of this demo are tiny test models with practically random weights: the answer "
     "is nonsense and the image is noise. All of it is computed by the real runtime."
@@ -112,7 +113,7 @@ def code_picture(codes: np.ndarray, rows: int, columns: int, books: int) -> Imag
     books: K, the number of codes a sub-codebook has; equal codes of a book get equal colours.
     """
     slots = codes.shape[1]
-    hue = (codes * 255 // max(books - 1, 1)).astype(np.uint8).reshape(rows, columns * slots)
+    hue = (codes * LAST_HUE // max(books - 1, 1)).astype(np.uint8).reshape(rows, columns * slots)
     bands = [
         Image.fromarray(band) for band in (hue, np.full_like(hue, 200), np.full_like(hue, 230))
     ]

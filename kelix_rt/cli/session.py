@@ -11,8 +11,15 @@ from kelix_rt.errors import ConfigError
 if TYPE_CHECKING:
     from kelix_rt.engine import Engine
 
-# Lines of the memory ledger that the language model's loader streams in.
-STREAMED = ("backbone", "output head", "embedding table", "block decoder")
+# Lines of the memory ledger that the language model's loader reports as it goes.
+STREAMED = (
+    "backbone",
+    "output head",
+    "embedding table",
+    "block decoder",
+    "vision tokenizer",
+    "projected codebooks",
+)
 
 
 def load_engine(
