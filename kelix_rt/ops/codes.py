@@ -12,8 +12,8 @@ from kelix_rt.ops.norm import layer_norm_ref
 def codebook_norms(codebooks: Tensor, reference: bool = False) -> Tensor:
     """Squared lengths of the code vectors, float32, as `nearest_codes` wants them.
 
-    codebooks: [N, K, d]. With `reference`, the squares and their sum are rounded to the dtype of the
-    codebooks, as the released model's distance computation does. Returns [N, K].
+    codebooks: [N, K, d]. With `reference`, the squares and their sum are rounded to the codebooks'
+    dtype, as the released model's distance computation does. Returns [N, K].
     """
     if not reference:
         return codebooks.float().square().sum(-1)
