@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kelix_rt.models.backbone import StepContext
 from kelix_rt.scheduler import BlockPlan, Span
+from kelix_rt.sequence import Sequence
 from kelix_rt.stages.generate import BlockBatch
 
 if TYPE_CHECKING:
@@ -98,14 +99,15 @@ class StepBuffer:
         keeps: list[range],
     ) -> None:
         ids, positions, query_start = host["ids"], host["positions"], host["query_start"]
-        row_of, keep_rows = {}, host["keep_rows"]
+        context_lens, keep_rows = host["context_lens"], host["keep_rows"]
+        row_of: dict[Sequence, int] = {}
         row = kept = 0
         for index, (span, keep) in enumerate(zip(spans, keeps, strict=True)):
-            end = row + span.count
-            ids[row:end] = span.sequence.rows[span.start : span.end]
-            positions[row:end] = np.arange(span.start, span.end)
+            end, stop = row + span.count, span.end
+            ids[row:end] = span.sequence.rows[span.start : stop]
+            positions[row:end] = span.start if span.count == 1 else np.arange(span.start, stop)
             query_start[index] = row
-            host["context_lens"][index] = span.end
+            context_lens[index] = stop
             if keep:
                 first = row + keep.start - span.start
                 keep_rows[kept : kept + len(keep)] = np.arange(first, first + len(keep))

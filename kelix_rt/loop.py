@@ -148,20 +148,20 @@ class Loop:
             self.scheduler.encoded(sequence)
 
     def _run_blocks(self, plan: BlockPlan) -> None:
-        blocks = self.runner.run_blocks(plan)
-        for sequence, block in blocks:
-            if (block < 0).any():
-                error = KelixError(
-                    f"request {sequence.request_id}: the logits of block {sequence.generated} are "
-                    "not finite; the weights or the prompt drive the model out of range"
-                )
-                self._fail(sequence, error)
+        drawn, blocks = self.runner.run_blocks(plan)
+        failed = (blocks < 0).any(axis=1)
+        for index in failed.nonzero()[0]:
+            sequence = drawn[index]
+            error = KelixError(
+                f"request {sequence.request_id}: the logits of block {sequence.generated} are "
+                "not finite; the weights or the prompt drive the model out of range"
+            )
+            self._fail(sequence, error)
         self.scheduler.advance(plan)
-        for sequence, block in blocks:
+        for sequence, block, row in zip(drawn, blocks, blocks.tolist(), strict=True):
             if sequence.request_id in self._requests:
                 sequence.append(block)
-                index = sequence.generated - 1
-                self._emit(BlockEvent(sequence.request_id, index, tuple(block.tolist())))
+                self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, tuple(row)))
         for sequence in plan.sequences:
             if sequence.finish_reason is None or sequence.request_id not in self._requests:
                 continue

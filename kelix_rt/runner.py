@@ -99,8 +99,8 @@ class Runner:
         ids: np.ndarray = self.encode_stage().image_ids(*sequence.pixels).cpu().numpy()
         return ids
 
-    def run_blocks(self, plan: BlockPlan) -> list[tuple[Sequence, np.ndarray]]:
-        """Computes the rows of a plan; the new blocks int64 [N+1] with their requests.
+    def run_blocks(self, plan: BlockPlan) -> tuple[list[Sequence], np.ndarray]:
+        """Computes the rows of a plan; the requests that got a block, and those int64 [R, N+1].
 
         The one wait for the device is the read of the new blocks.
         """
@@ -112,7 +112,7 @@ class Runner:
             for (span, count), part in zip(kept, parts, strict=True):
                 span.sequence.hidden_parts.append(part)
                 span.sequence.hidden_count += count
-        return [(span.sequence, block) for span, block in zip(drawn, blocks, strict=True)]
+        return [span.sequence for span in drawn], blocks
 
     def image_blocks(self, codes: torch.Tensor) -> np.ndarray:
         """Blocks int64 [T + 1, N+1] of an image of codes [T, N], vision_end being the last."""
