@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kelix_rt.errors import ConfigError
-from kelix_rt.model_configs import (
-    KelixConfig,
-    QwenConfig,
-    TokenDecoderConfig,
-    TokenizerConfig,
-    VisionConfig,
-)
+from kelix_rt.model_configs import KelixConfig, QwenConfig, TokenDecoderConfig
 from kelix_rt.schema import JsonConfig
+from kelix_rt.tokenizer_config import TokenizerConfig, VisionConfig
 
 __all__ = [
     "EngineConfig",
