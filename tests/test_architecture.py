@@ -138,6 +138,8 @@ def test_isa_builds_export_no_shared_inline_functions() -> None:
     if not objects:
         pytest.skip("the libraries were not built in this directory")
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
+        symbols = subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        )
         weak = [line for line in symbols.stdout.splitlines() if re.search(r" [WVu] ", line)]
         assert not weak, f"{path.name}: {weak[:3]}"

@@ -54,9 +54,7 @@ def codes(device: str) -> None:
 
 def sampling(device: str) -> None:
     """sampling stem: greedy, filtered and reference rows."""
-    params = torch.tensor(
-        [[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0], [0.7, 0, 0.8, 0.1]], device=device
-    )
+    params = torch.tensor([[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0], [0.7, 0, 0.8, 0.1]], device=device)
     keys = torch.arange(3, device=device)
     logits = randn(3, 301, device=device)
     for reference in (False, True):
