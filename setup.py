@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.build_py import build_py
@@ -27,13 +28,14 @@ def environment_package(name: str) -> Path | None:
     Isolation hides the environment through PYTHONPATH, which `python -I` ignores.
     """
     probe = (
-        "import importlib.util as u; s = u.find_spec('%s');"
-        "print(list(s.submodule_search_locations)[0] if s else '')" % name
+        f"import importlib.util as u; s = u.find_spec({name!r});"
+        "print(list(s.submodule_search_locations)[0] if s else '')"
     )
     spec = importlib.util.find_spec(name)
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
-    found = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True)
+    command = [sys.executable, "-I", "-c", probe]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     where = found.stdout.strip()
     return Path(where) if found.returncode == 0 and where else None
 
@@ -82,7 +84,7 @@ def build_native(output: Path) -> None:
         print("kelix_rt: no nvcc found, CUDA tensors will be refused (pip install '.[cuda]')")
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
     for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
-        if subprocess.run(command).returncode != 0:
+        if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"kelix_rt: the native build failed at `{' '.join(command[:3])} ...`")
 
 
@@ -109,7 +111,7 @@ class EditableWheel(editable_wheel):
 class Native(Command):
     """`python setup.py native`: rebuild the libraries in place."""
 
-    user_options: list[tuple[str, str, str]] = []
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
 
     def initialize_options(self) -> None: ...
 
