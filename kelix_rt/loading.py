@@ -96,11 +96,15 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def find_drawing(
     directory: Path, dit: str | Path | None, vae: str | Path | None
 ) -> tuple[Path | None, Path | None]:
-    """The directories of DiT and autoencoder: those given, else subfolders that exist."""
-    found = [
-        resolve(given) if given is not None else directory / name
-        for name, given in (("dit", dit), ("vae", vae))
-    ]
+    """The directories of DiT and autoencoder: those given, else subfolders that exist.
+
+    A given directory without a config of its own may be a whole pipeline with such a subfolder.
+    """
+    found = []
+    for name, given in (("dit", dit), ("vae", vae)):
+        path = directory if given is None else resolve(given)
+        inner = given is None or not (path / "config.json").is_file()
+        found.append(path / name if inner else path)
     dit_path, vae_path = (path if path.is_dir() else None for path in found)
     if (dit_path is None) != (vae_path is None):
         missing = "dit" if dit_path is None else "vae"

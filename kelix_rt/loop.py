@@ -115,15 +115,17 @@ class Loop:
     def _run_for(self, request_id: int) -> None:
         if request_id not in self._requests:
             raise KelixError(f"request {request_id} is not running, so it has no more events")
-        self._step()
+        if not self._step():
+            raise KelixError(f"request {request_id} is unfinished, but there is nothing to run")
 
     def _emit(self, event: Event) -> None:
         self._mail.get(event.request_id, self._unread).append(event)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Runs one step; whether there was one to run."""
         plan = self.scheduler.schedule()
         if plan is None:
-            return
+            return False
         try:
             self._run(plan)
         except Exception as error:
@@ -131,6 +133,7 @@ class Loop:
         except BaseException as error:
             self._fail_all(plan, KelixError(f"the step was interrupted: {error!r}"))
             raise
+        return True
 
     def _run(self, plan: StepPlan) -> None:
         if isinstance(plan, BlockPlan):
