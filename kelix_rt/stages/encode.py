@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import InputError
+from kelix_rt.models.vision_layout import MERGE, read_grids
 
 if TYPE_CHECKING:
     from kelix_rt.models.vision_tokenizer import VisionTokenizer
-
-MERGE = 2  # patches are merged 2x2 into one visual block
 
 
 def block_count(grid: Tensor) -> int:
@@ -22,16 +21,7 @@ def block_count(grid: Tensor) -> int:
 
 def check_patches(pixel_values: Tensor, grid: Tensor) -> None:
     """Raises InputError unless patches [N, 3, P, P] and grids [n, 3] belong together."""
-    if grid.ndim != 2 or grid.shape[1] != 3 or grid.is_floating_point():
-        raise InputError(
-            f"image_grid_thw must be integers of shape [images, 3], got {grid.dtype} "
-            f"{list(grid.shape)}"
-        )
-    if len(grid) == 0 or int(grid.min()) < 1 or bool((grid[:, 1:] % MERGE).any()):
-        raise InputError(
-            "image_grid_thw must hold positive numbers of patches with even rows and columns, "
-            f"got {grid.tolist()}"
-        )
+    read_grids(grid)
     patches = int(grid.prod(dim=1).sum())
     if pixel_values.ndim != 4 or pixel_values.shape[0] != patches:
         raise InputError(
