@@ -71,6 +71,38 @@ __device__ __forceinline__ float cta_sum(float value, float* scratch) {
   return total;
 }
 
+// Any associative reduction over the CTA, the same value in every thread. `scratch` holds one value
+// per warp.
+template <class T, class Combine>
+__device__ __forceinline__ T cta_reduce(T value, T* scratch, Combine combine) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = combine(value, shuffle_xor(value, offset));
+  }
+  __syncthreads();  // scratch may still be read from an earlier call
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  T total = scratch[0];
+  for (unsigned warp = 1; warp < blockDim.x / kWarpSize; ++warp) {
+    total = combine(total, scratch[warp]);
+  }
+  return total;
+}
+
+// The value before the addition.
+__device__ __forceinline__ int atomic_add(int* address, int value) {
+  return atomicAdd(address, value);
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+
+// 16 bytes in one load; `from` must be aligned to them.
+template <class T>
+__device__ __forceinline__ void load_16_bytes(const T* from, T (&to)[16 / sizeof(T)]) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
 // Calls f(T{}) with the storage type of `dtype`.
 template <class F>
 void with_dtype(DType dtype, const F& f) {

@@ -1,0 +1,94 @@
+#include "kernels/block_decoder.cuh"
+#include "kernels/block_decoder.h"
+
+namespace kelix::cuda {
+namespace {
+
+template <class T>
+struct Launcher {
+  const BlockDecoderArgs& args;
+  cudaStream_t stream;
+
+  const T* packed(int64_t start) const { return static_cast<const T*>(args.weights) + start; }
+  unsigned rows() const { return static_cast<unsigned>(args.batch); }
+
+  template <int kRows>
+  void linear_tiles(const LinearArgs<T>& linear) const {
+    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    const dim3 grid(static_cast<unsigned>((linear.out + kLinearWarps - 1) / kLinearWarps),
+                    static_cast<unsigned>((linear.batch + kRows - 1) / kRows));
+    const int threads = kLinearWarps * kWarpSize;
+    // Rows of weights and of x must both start on 16 bytes.
+    const int64_t step = 16 / static_cast<int64_t>(sizeof(T));
+    if (linear.in % step == 0 && linear.in % 4 == 0 && aligned(linear.weight) &&
+        aligned(linear.x)) {
+      linear_kernel<T, kRows, true><<<grid, threads, 0, stream>>>(linear);
+    } else {
+      linear_kernel<T, kRows, false><<<grid, threads, 0, stream>>>(linear);
+    }
+  }
+
+  void linear(const T* weight, const T* bias, const T* position, const float* x, const float* added,
+              float* y, int64_t in, int64_t out) const {
+    const LinearArgs<T> linear{weight, bias, position, x, added, y, in, out, args.batch};
+    if (args.batch == 1) {
+      linear_tiles<1>(linear);
+    } else {
+      linear_tiles<4>(linear);
+    }
+  }
+
+  void layer_norm(const T* weight, const T* bias) const {
+    decoder_layer_norm_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(
+        args.work.x, weight, bias, args.work.normed, args.d_model);
+  }
+
+  void layer(int64_t index, int64_t slot) const {
+    const BlockDecoderLayout& at = args.layout;
+    const BlockDecoderWorkspace& work = args.work;
+    const T* weights = packed(at.first_layer + index * at.layer_size);
+    const int64_t d = args.d_model, ffn = args.ffn;
+    layer_norm(weights + at.sa_norm_weight, weights + at.sa_norm_bias);
+    linear(weights + at.qkv_weight, weights + at.qkv_bias, nullptr, work.normed, nullptr, work.qkv,
+           d, 3 * d);
+    const dim3 heads(rows(), static_cast<unsigned>(args.num_heads));
+    slot_attention_kernel<<<heads, kWarpSize, 0, stream>>>(args, index, slot);
+    linear(weights + at.output_weight, weights + at.output_bias, nullptr, work.mixed, work.x,
+           work.x, d, d);
+    layer_norm(weights + at.mlp_norm_weight, weights + at.mlp_norm_bias);
+    linear(weights + at.gate_up_weight, nullptr, nullptr, work.normed, nullptr, work.gate_up, d,
+           2 * ffn);
+    decoder_silu_mul_kernel<<<rows(), kDecoderThreads, 0, stream>>>(args);
+    linear(weights + at.down_weight, nullptr, nullptr, work.activated, work.x, work.x, ffn, d);
+  }
+
+  void slot(int64_t slot) const {
+    const BlockDecoderLayout& at = args.layout;
+    const BlockDecoderWorkspace& work = args.work;
+    const int64_t d = args.d_model, wide = args.input_dim;
+    slot_input_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(args, slot);
+    linear(packed(at.input_weight), packed(at.input_bias), packed(at.position + slot * d),
+           work.input, nullptr, work.x, wide, d);
+    for (int64_t index = 0; index < args.num_layers; ++index) layer(index, slot);
+    linear(packed(at.final_weight), packed(at.final_bias), nullptr, work.x, work.input, work.output,
+           d, wide);
+    head_norm_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(args);
+    const HeadSlice slice = head_slice(args, slot);
+    linear(static_cast<const T*>(args.head) + slice.first * wide, nullptr, nullptr, work.output,
+           nullptr, work.logits, wide, slice.width);
+    draw_slot_kernel<<<rows(), kDrawThreads, 0, stream>>>(args, slot);
+  }
+};
+
+}  // namespace
+
+const char* block_decode(const BlockDecoderArgs& args, void* stream) {
+  if (args.batch == 0) return nullptr;
+  with_dtype(args.dtype, [&](auto type) {
+    const Launcher<decltype(type)> launcher{args, static_cast<cudaStream_t>(stream)};
+    for (int64_t slot = 0; slot < args.num_codes; ++slot) launcher.slot(slot);
+  });
+  return launch_error();
+}
+
+}  // namespace kelix::cuda
