@@ -49,7 +49,9 @@ def load_parts(
     directory = resolve(model)
     config = read_config(directory)
     if not isinstance(config, KelixConfig):
-        raise ConfigError(f"Engine: {directory} must hold a Kelix language model, got {config}")
+        raise ConfigError(
+            f"Engine: {directory} must hold a Kelix language model, got a {type(config).__name__}"
+        )
     target, wanted = choose_device(device), choose_dtype(dtype)
     language = KelixLM.from_pretrained(directory, target, wanted, on_tensor)
     dit_path, vae_path = find_drawing(directory, dit, vae)
@@ -60,6 +62,12 @@ def load_parts(
         render = RenderStage.from_pretrained(
             dit_path, vae_path, target, wanted, chosen.max_condition_length
         )
+        channels = render.dit.condition_channels
+        if channels != config.qwen_config.embed_dim:
+            raise ConfigError(
+                f"dit: {dit_path} reads conditions of {channels} channels, but the language "
+                f"model's embed_dim is {config.qwen_config.embed_dim}; they do not belong together"
+            )
     positions = max_positions(config, chosen)
     pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
     pool = PagePool(pages, chosen.page_size, config.num_codes + 1)

@@ -105,11 +105,16 @@ def choose_pages(
     """Number of KV pages: the option, or what fits in a share of `free_bytes`.
 
     Never more than max_batch requests of full length can use. Raises CapacityError when not even
-    one page fits.
+    one page fits, or not as many as the option asks for.
     """
-    if options.num_pages is not None:
-        return options.num_pages
     page_bytes = kv_bytes_per_block(config, dtype) * options.page_size
+    if options.num_pages is not None:
+        if options.num_pages * page_bytes > free_bytes:
+            raise CapacityError(
+                f"KV cache: num_pages={options.num_pages} pages of {page_bytes} bytes do not fit "
+                f"in the {free_bytes} bytes that are free; lower num_pages"
+            )
+        return options.num_pages
     useful = options.max_batch * -(-max_positions(config, options) // options.page_size)
     fitting = int(free_bytes * options.kv_memory_fraction) // page_bytes
     if fitting < 1:

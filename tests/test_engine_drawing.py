@@ -208,6 +208,12 @@ def test_a_dit_without_vae_is_refused(golden: Path, path: Path) -> None:
         load_engine(path, dit=golden / "e2e_dit" / "dit")
 
 
+def test_a_dit_for_another_model_is_refused(golden: Path) -> None:
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    with pytest.raises(ConfigError, match="64 channels, but the language model's embed_dim is 48"):
+        load_engine(golden / "llm" / "tiny_b", **parts)
+
+
 def test_parts_in_subfolders_are_found(golden: Path, path: Path, tmp_path: Path) -> None:
     for source in path.iterdir():
         (tmp_path / source.name).symlink_to(source)

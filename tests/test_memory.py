@@ -67,7 +67,9 @@ def test_pages_follow_memory_and_never_exceed_use(config: KelixConfig) -> None:
     page = kv_bytes_per_block(config, torch.float32) * options.page_size
     assert choose_pages(config, options, torch.float32, 10 * page) == 5
     assert choose_pages(config, options, torch.float32, 1000 * page) == 2 * 7
-    assert choose_pages(config, replace(options, num_pages=3), torch.float32, 0) == 3
+    assert choose_pages(config, replace(options, num_pages=3), torch.float32, 3 * page) == 3
+    with pytest.raises(CapacityError, match="num_pages=3 pages"):
+        choose_pages(config, replace(options, num_pages=3), torch.float32, 3 * page - 1)
     with pytest.raises(CapacityError, match=f"a page takes {page} bytes"):
         choose_pages(config, options, torch.float32, page)
 
