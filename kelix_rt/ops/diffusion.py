@@ -134,8 +134,8 @@ def euler_step(
     """latent += dt * v with v = uncond + guidance * (velocity - uncond), in place.
 
     latent [B, ...] float32 contiguous, mutated; velocity and uncond [B, ...] of any storage dtype;
-    dt, guidance [B] float32, one per row. Without uncond, v = velocity and guidance is not read;
-    with uncond, guidance must be given.
+    dt, guidance [B] float32, one per row. uncond and guidance are given together or not at all;
+    without them v = velocity.
     """
     torch.ops.kelix.euler_step(latent, velocity, uncond, dt, guidance)
 
