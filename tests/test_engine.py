@@ -10,12 +10,10 @@ import torch
 
 from kelix_rt import (
     BlockEvent,
-    ConfigError,
     Prompt,
     RequestDone,
     SamplingParams,
     SlotSampling,
-    TextDelta,
 )
 from tests.engine_helpers import (
     assert_idle,
@@ -147,7 +145,7 @@ def test_seeds_decide_the_blocks(model: Path) -> None:
     engine = load_engine(model)
     prompt = [[5, 6, 7]]
     first, again, other = (
-        engine.generate(prompt, SamplingParams(1.0, 0, 1.0, seed=seed, ignore_eos=True))[0].blocks
+        engine.generate(prompt, SamplingParams(1.0, 0, 1.0, seed=seed, max_blocks=9))[0].blocks
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
@@ -222,7 +220,7 @@ def test_abort_at_any_step_frees_everything(golden: Path) -> None:
     path = golden / "llm" / "tiny_a"
     engine = load_engine(path, max_step_tokens=5, page_size=4)
     expected = golden_blocks(path, "gen0")
-    for steps in range(12):
+    for steps in (0, 1, 2, 4, 7, 11):
         kept = engine.add_request(golden_prompt(path, "gen0")[0], golden_sampling(path))
         dropped = engine.add_request(golden_prompt(path, "gen1")[0], golden_sampling(path))
         for _ in range(steps):
@@ -272,33 +270,3 @@ def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
     assert {event.request_id for event in events} == {own}
     blocks = [event.ids for event in events if isinstance(event, BlockEvent)]
     np.testing.assert_array_equal(blocks, golden_blocks(path, "gen0"))
-
-
-def test_chat_answers_messages_and_streams_the_same_text(golden: Path) -> None:
-    engine = load_engine(golden / "llm" / "tiny_a")
-    messages = [{"role": "user", "content": "Say something."}]
-    sampling = SamplingParams(temperature=0.9, seed=5, max_blocks=30)
-    reply = engine.chat(messages, sampling)
-    assert reply.usage.generated_blocks == len(reply.blocks)
-    assert reply.timings.total >= reply.timings.first_block > 0
-    events = list(engine.stream(messages, sampling))
-    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == reply.text
-    assert_idle(engine)
-
-
-def test_a_checkpoint_without_tokenizer_files_still_makes_blocks(golden: Path) -> None:
-    path = golden / "llm" / "tiny_b"
-    engine = load_engine(path)
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
-        engine.chat([{"role": "user", "content": "Hello"}])
-    output = engine.generate_blocks(golden_prompt(path, "gen0")[0], sampling=golden_sampling(path))
-    assert torch.equal(output.ids, fixtures(path)["gen0/ids"])
-
-
-def test_a_checkpoint_without_dit_says_so(golden: Path) -> None:
-    engine = load_engine(golden / "llm" / "tiny_a")
-    with pytest.raises(ConfigError, match="drawing needs the image DiT"):
-        engine.generate_image("a red circle")
-    with pytest.raises(ConfigError, match="drawing needs the image DiT"):
-        engine.generate_image([1, 2, 3])
-    assert_idle(engine)
