@@ -117,7 +117,10 @@ def _show(report: Report, misses: bool) -> None:
     console = stdout()
     console.print(title + f"{report.seconds:.1f} s", style="bold", markup=False)
     if not report.checks:
-        console.print("nothing was checked: no known fixture that this dtype can be compared with", style="red")
+        console.print(
+            "nothing was checked: no known fixture that this dtype can be compared with",
+            style="red",
+        )
     if not shown:
         return
     table = Table("check", box=None, pad_edge=False, padding=(0, 2))
