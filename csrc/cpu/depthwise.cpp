@@ -54,6 +54,7 @@ struct Piece {
   int64_t bottom;
   int64_t first;
   int64_t size;
+  int64_t width;  // size rounded up to whole vectors
 };
 
 Piece piece_at(const DepthwiseGluArgs& args, int64_t index) {
@@ -67,25 +68,26 @@ Piece piece_at(const DepthwiseGluArgs& args, int64_t index) {
   piece.bottom = piece.top + (rows < kDepthwiseRows ? rows : kDepthwiseRows);
   const int64_t channels = args.channels - piece.first;
   piece.size = channels < kBlock ? channels : kBlock;
+  piece.width = (piece.size + kLanes - 1) / kLanes * kLanes;
   return piece;
 }
 
-// Row h, activated, as [width + 2][2][kBlock]; zeros outside the image and past the channels.
+// Row h, activated, as [width + 2][2][piece.width]; zeros outside the image and past the channels.
 template <class T>
 void load_row(const DepthwiseGluArgs& args, const Piece& piece, int64_t h, float* row) {
-  std::memset(row, 0, static_cast<size_t>((args.width + 2) * 2 * kBlock) * sizeof(float));
+  std::memset(row, 0, static_cast<size_t>((args.width + 2) * 2 * piece.width) * sizeof(float));
   if (h < 0 || h >= args.height) return;
   const T* x = static_cast<const T*>(args.x) +
                (piece.image * args.height + h) * args.width * 2 * args.channels + piece.first;
   for (int64_t w = 0; w < args.width; ++w) {
     for (int64_t half = 0; half < 2; ++half) {
       const T* source = x + (w * 2 + half) * args.channels;
-      float* target = row + ((w + 1) * 2 + half) * kBlock;
+      float* target = row + ((w + 1) * 2 + half) * piece.width;
 #pragma omp simd
       for (int64_t c = 0; c < piece.size; ++c) target[c] = to_float(source[c]);
     }
   }
-  activate(args.pre_act, row + 2 * kBlock, args.width * 2 * kBlock);
+  activate(args.pre_act, row + 2 * piece.width, args.width * 2 * piece.width);
 }
 
 // The weights as [2][kTaps][kBlock] and the biases as [2][kBlock].
@@ -106,10 +108,10 @@ void load_weights(const DepthwiseGluArgs& args, const Piece& piece, float* weigh
   }
 }
 
-// One half of one output row, [width][kBlock]; rows are the three input rows from the top.
+// One half of one output row, [width][lanes]; rows are the three input rows from the top.
 void convolve_row(const float* const (&rows)[3], const float* weight, const float* bias,
-                  int64_t half, int64_t width, float* out) {
-  for (int64_t lane = 0; lane < kBlock; lane += kLanes) {
+                  int64_t half, int64_t width, int64_t lanes, float* out) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     Vector taps[kTaps];
 #pragma GCC unroll 9
     for (int tap = 0; tap < kTaps; ++tap) {
@@ -120,19 +122,19 @@ void convolve_row(const float* const (&rows)[3], const float* weight, const floa
       Vector sum = start;
 #pragma GCC unroll 9
       for (int tap = 0; tap < kTaps; ++tap) {
-        const float* source = rows[tap / 3] + ((w + tap % 3) * 2 + half) * kBlock + lane;
+        const float* source = rows[tap / 3] + ((w + tap % 3) * 2 + half) * lanes + lane;
         sum += taps[tap] * *reinterpret_cast<const Vector*>(source);
       }
-      *reinterpret_cast<Vector*>(out + w * kBlock + lane) = sum;
+      *reinterpret_cast<Vector*>(out + w * lanes + lane) = sum;
     }
   }
 }
 
 template <class T>
 void run_piece(const DepthwiseGluArgs& args, const Piece& piece, float* workspace) {
-  const int64_t row_floats = (args.width + 2) * 2 * kBlock;
+  const int64_t row_floats = (args.width + 2) * 2 * piece.width;
   float* values = workspace + 3 * row_floats;
-  float* gates = values + args.width * kBlock;
+  float* gates = values + args.width * piece.width;
   float weight[2 * kTaps * kBlock];
   float bias[2 * kBlock];
   load_weights<T>(args, piece, weight, bias);
@@ -145,15 +147,16 @@ void run_piece(const DepthwiseGluArgs& args, const Piece& piece, float* workspac
     const float* const rows[3] = {workspace + h % 3 * row_floats,
                                   workspace + (h + 1) % 3 * row_floats,
                                   workspace + (h + 2) % 3 * row_floats};
-    convolve_row(rows, weight, bias, 0, args.width, values);
-    convolve_row(rows, weight, bias, 1, args.width, gates);
-    activate(args.gate_act, gates, args.width * kBlock);
+    convolve_row(rows, weight, bias, 0, args.width, piece.width, values);
+    convolve_row(rows, weight, bias, 1, args.width, piece.width, gates);
+    activate(args.gate_act, gates, args.width * piece.width);
     T* y = static_cast<T*>(args.y) + (piece.image * args.height + h) * args.width * args.channels +
            piece.first;
     for (int64_t w = 0; w < args.width; ++w) {
 #pragma omp simd
       for (int64_t c = 0; c < piece.size; ++c) {
-        y[w * args.channels + c] = from_float<T>(values[w * kBlock + c] * gates[w * kBlock + c]);
+        y[w * args.channels + c] =
+            from_float<T>(values[w * piece.width + c] * gates[w * piece.width + c]);
       }
     }
   }

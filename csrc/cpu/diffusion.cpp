@@ -98,6 +98,9 @@ void scale_rows(const LinearAttentionArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kPrefetchHeads = 2;  // how far ahead of its use a head is fetched
+
 // One head of `count` rows as float32 with zeros up to the stride; q and k normed and rectified.
 template <class T>
 void load_head(const LinearAttentionArgs& args, int64_t first_row, int64_t count, int64_t head,
@@ -108,6 +111,10 @@ void load_head(const LinearAttentionArgs& args, int64_t first_row, int64_t count
   for (int64_t i = 0; i < count; ++i) {
     const T* x = part_row<T>(args, first_row + i, part) + head * args.head_dim;
     float* row = out + i * stride;
+    // The heads of a row are neighbours, but its next one is read many rows later.
+    for (int64_t c = 0; c < args.head_dim; c += kLine / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(x + kPrefetchHeads * args.head_dim + c);
+    }
     if (norm != nullptr) {
       const float scale = args.scales[(first_row + i) * 2 + part];
 #pragma omp simd

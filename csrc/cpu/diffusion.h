@@ -12,7 +12,7 @@ inline constexpr int64_t kAttentionTokens = 32;
 
 // depthwise_glu works on a band of rows and a block of channels at a time.
 inline constexpr int64_t kDepthwiseRows = 32;
-inline constexpr int64_t kDepthwiseChannels = 32;
+inline constexpr int64_t kDepthwiseChannels = 128;
 
 inline int64_t depthwise_pieces(const DepthwiseGluArgs& args) {
   const int64_t bands = (args.height + kDepthwiseRows - 1) / kDepthwiseRows;

@@ -221,7 +221,7 @@ void euler_step(Tensor latent, const Tensor& velocity, const std::optional<Tenso
   if (latent.is_cuda()) {
     KELIX_LAUNCH_CUDA("euler_step", latent, euler_step, args);
   } else {
-    run_parallel(latent.numel(), 16384, KELIX_CPU(euler_step), args);
+    run_parallel(latent.numel(), 65536, KELIX_CPU(euler_step), args);
   }
 }
 
