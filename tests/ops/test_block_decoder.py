@@ -228,7 +228,7 @@ def test_empty_batch_and_strided_inputs(device: str) -> None:
     assert ids.shape == logprobs.shape == (0, 5)
     arguments = replace(VISUAL, device=device).arguments(SAMPLED[1])
     wanted, _ = ops.block_decode(**arguments)
-    strided = {
+    strided: dict[str, Any] = {
         name: value.T.contiguous().T
         if name in ("hidden", "table", "head")
         else torch.stack((value, value), dim=-1)[..., 0]
