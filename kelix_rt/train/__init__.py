@@ -1,0 +1,1 @@
+"""How kelix-tiny was trained: a synthetic world and the recipes. Nothing else imports this."""

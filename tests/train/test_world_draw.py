@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kelix_rt.errors import InputError
+from kelix_rt.train.world_draw import COLOUR_VALUES, draw, shape_mask, word_font
+from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing
+from kelix_rt.train.world_splits import make_scenes
+
+
+def test_pictures_are_deterministic_and_vary() -> None:
+    for scene in make_scenes("train", 30):
+        picture = np.asarray(draw(scene))
+        assert picture.shape == (112, 112, 3)
+        assert np.array_equal(picture, np.asarray(draw(scene)))
+        other = replace(scene, variation=scene.variation ^ 1)
+        assert not np.array_equal(picture, np.asarray(draw(other)))
+
+
+def test_two_sizes_show_the_same_picture() -> None:
+    for scene in make_scenes("train", 40):
+        large = draw(scene, 448).resize((112, 112), Image.Resampling.BOX)
+        difference = np.abs(np.asarray(large, dtype=float) - np.asarray(draw(scene)))
+        assert difference.mean() < 1.0
+
+
+@pytest.mark.parametrize("side", [56, 112, 256])
+def test_nothing_touches_the_frame(side: int) -> None:
+    """The checker takes the background from there, and whole words stay readable."""
+    for word in WORDS:
+        for variation in range(4):
+            scene = Scene((), "white", word, "top", variation)
+            assert np.asarray(draw(scene, side)).min(axis=2)[frame(side)].min() > 200
+    for shape in SHAPES:
+        for cell in ("top left", "bottom right"):
+            thing = Thing(shape, "blue", "large", cell)
+            for variation in range(8):
+                picture = np.asarray(draw(Scene((thing,), "white", variation=variation), side))
+                assert picture.min(axis=2)[frame(side)].min() > 200
+
+
+def frame(side: int) -> np.ndarray:
+    return np.pad(np.zeros((side - 4, side - 4), dtype=bool), 2, constant_values=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_are_antialiased_and_centred(shape: str) -> None:
+    mask = np.asarray(shape_mask(shape, 40.0, 0.0, (0.0, 0.0)), dtype=float) / 255
+    rows, columns = np.nonzero(mask > 0.5)
+    centre = (mask.shape[0] - 1) / 2
+    assert abs((rows.min() + rows.max()) / 2 - centre) <= 1
+    assert abs((columns.min() + columns.max()) / 2 - centre) <= 1
+    assert ((mask > 0.1) & (mask < 0.9)).any()
+    assert (mask[0].max(), mask[:, 0].max(), mask[-1].max(), mask[:, -1].max()) == (0, 0, 0, 0)
+    middle = mask[mask.shape[0] // 2, mask.shape[1] // 2]
+    assert middle == (0 if shape == "ring" else 1)
+
+
+def test_things_have_their_colour() -> None:
+    for colour in COLOURS:
+        picture = draw(Scene((Thing("circle", colour, "large", "center"),), "black"))
+        middle = np.asarray(picture)[56, 56].astype(int)
+        assert np.abs(middle - COLOUR_VALUES[colour]).max() <= 12
+
+
+def test_words_stand_out_on_every_background() -> None:
+    for background in BACKGROUNDS:
+        picture = np.asarray(draw(Scene((), background, "moon", "center")), dtype=int)
+        assert np.ptp(picture.sum(axis=2)) > 3 * 90
+
+
+def test_font_scales() -> None:
+    assert word_font(40).getlength("moon") == pytest.approx(
+        2 * word_font(20).getlength("moon"), rel=0.1
+    )
+
+
+def test_tiny_pictures_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 32 pixels, got 31"):
+        draw(Scene((), "white"), 31)
+
+
+def test_drawing_is_fast() -> None:
+    scenes = list(make_scenes("train", 200))
+    draw(scenes[0])
+    start = time.process_time()
+    for scene in scenes:
+        draw(scene)
+    assert (time.process_time() - start) / len(scenes) < 0.004  # measured 0.8 ms

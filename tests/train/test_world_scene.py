@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from kelix_rt.errors import ConfigError, InputError
+from kelix_rt.train.world_scene import (
+    CELLS,
+    OPPOSITES,
+    WORDS,
+    WORLD_VERSION,
+    Scene,
+    Thing,
+    relation_between,
+    require_world,
+)
+
+RING = Thing("ring", "red", "small", "top left")
+STAR = Thing("star", "blue", "large", "top right")
+
+
+def test_relations_name_unique_aligned_pairs() -> None:
+    cross = Thing("cross", "pink", "small", "bottom left")
+    assert Scene((RING, STAR, cross), "white").relations() == [
+        (RING, "left", STAR),
+        (RING, "above", cross),
+    ]
+    twin = Thing("ring", "red", "large", "bottom left")
+    assert Scene((RING, twin), "white").relations() == []
+
+
+def test_relation_between_is_antisymmetric() -> None:
+    for a in CELLS:
+        for b in CELLS:
+            there, back = relation_between(a, b), relation_between(b, a)
+            assert (there is None) == (back is None)
+            assert there is None or OPPOSITES[there] == back
+
+
+def test_vocabulary_is_closed_and_large_enough() -> None:
+    assert len(set(WORDS)) == len(WORDS) >= 40
+    assert all(word.islower() and len(word) <= 4 for word in WORDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((RING, RING), "white"), "cells of their own"),
+        (((RING, Thing("ring", "red", "small", "center")), "white"), "must be alone"),
+        (((RING,), "white", "cat", "top"), "crosses"),
+        (((RING,), "blue"), "background must be one of"),
+        (((), "white", "Cat"), "word must be one of"),
+    ],
+)
+def test_impossible_scenes_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Scene(*arguments)
+
+
+def test_unknown_attribute_is_refused() -> None:
+    with pytest.raises(InputError, match="shape must be one of circle"):
+        Thing("blob", "red", "small", "center")
+
+
+def test_another_world_is_refused() -> None:
+    require_world(WORLD_VERSION)
+    for version in (WORLD_VERSION + 1, None, str(WORLD_VERSION)):
+        with pytest.raises(ConfigError, match="world_version"):
+            require_world(version)

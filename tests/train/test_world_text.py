@@ -1,0 +1,126 @@
+"""Captions and prompts are read back and must agree with the scene."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from kelix_rt.train.world_scene import COLOURS, SHAPES, Scene, Thing
+from kelix_rt.train.world_splits import SPLITS, make_scenes
+from kelix_rt.train.world_text import (
+    NUMBERS,
+    RELATION_PHRASES,
+    a,
+    caption,
+    caption_question,
+    counted,
+    listed,
+    plural,
+    prompt,
+)
+
+GROUP = re.compile(
+    rf"\b(an?|{'|'.join(NUMBERS)}) (?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    r"(?:e?s)?\b"
+)
+
+
+def told_things(text: str) -> Counter:
+    told: Counter = Counter()
+    for number, size, colour, shape in GROUP.findall(text):
+        count = 1 if number in ("a", "an") else NUMBERS.index(number)
+        told[colour, shape] += count
+        assert size in ("", "small", "large")
+    return told
+
+
+def sizes_told(text: str, scene: Scene) -> bool:
+    sizes = {thing.look: thing.size for thing in scene.things}
+    found = GROUP.findall(text)
+    assert all(size in ("", sizes[colour, shape]) for _, size, colour, shape in found)
+    return bool(found) and all(size for _, size, _, _ in found)
+
+
+def relation_told(text: str) -> tuple | None:
+    for name, phrases in RELATION_PHRASES.items():
+        for phrase in sorted(phrases, key=len, reverse=True):
+            if f" {phrase} a" in text:
+                before, after = text.split(f" {phrase} a", 1)
+                return GROUP.findall(before)[-1][2:], name, GROUP.findall(f"a{after}")[0][2:]
+    return None
+
+
+def check(text: str, scene: Scene) -> None:
+    assert text == text.lower() and text[-1] in ".?" and "  " not in text and "{" not in text
+    assert len(text.split()) <= 32
+    assert told_things(text) == Counter(thing.look for thing in scene.things)
+    sizes_told(text, scene)
+    background = re.search(r"on a (\w+) background|a (\w+) background with|on (\w+)[.?]$", text)
+    assert background is None or scene.background in background.groups()
+    word = re.search(r"the (?:word|text) (\w+)", text)
+    assert (word.group(1) if word else None) == scene.word
+    related = relation_told(text)
+    facts = [(x.look, r, y.look) for x, r, y in scene.relations()]
+    facts += [(y.look, flip(r), x.look) for x, r, y in scene.relations()]
+    assert related is None or related in facts
+    place = re.search(r"in the (top|bottom) (left|right)|in the (middle)", text)
+    if place:
+        cell = "center" if place.group(3) else f"{place.group(1)} {place.group(2)}"
+        assert scene.things[0].cell == cell
+    band = re.search(r"at the (top|bottom)", text)
+    assert band is None or band.group(1) == scene.band
+
+
+def flip(relation: str) -> str:
+    return {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_and_prompts_are_true(split: str) -> None:
+    rng = random.Random(5)
+    for scene in make_scenes(split, 500):  # type: ignore[arg-type]
+        check(caption(scene, rng), scene)
+        check(prompt(scene, rng).text, scene)
+
+
+def test_prompts_say_what_they_state() -> None:
+    rng = random.Random(6)
+    for scene in make_scenes("test", 500):
+        told = prompt(scene, rng)
+        assert ("size" in told.states) == sizes_told(told.text, scene)
+        assert ("relation" in told.states) == (relation_told(told.text) is not None)
+        assert ("background" in told.states) == (f" {scene.background}" in told.text)
+        assert ("word" in told.states) == (scene.word is not None)
+        assert "count" in told.states
+        things = {"shape", "colour", "object"}
+        assert told.states & things == (things if scene.things else set())
+        place = re.search(r"in the (top|bottom|center|middle)", told.text)
+        assert ("location" in told.states) == (place is not None and bool(scene.things))
+
+
+def test_pairs_always_state_their_relation() -> None:
+    rng = random.Random(7)
+    for scene in make_scenes("val", 100, kind="pair"):
+        assert "relation" in prompt(scene, rng).states
+
+
+def test_wording_varies() -> None:
+    scene = Scene((Thing("star", "orange", "small", "center"),), "tan")
+    texts = {prompt(scene, random.Random(i)).text for i in range(300)}
+    assert len(texts) > 100
+    assert len({caption_question(random.Random(i)) for i in range(50)}) > 6
+
+
+def test_empty_scene_is_told() -> None:
+    text = caption(Scene((), "mint"), random.Random(0))
+    assert "an empty mint background" in text
+
+
+def test_grammar() -> None:
+    assert a("orange star") == "an orange star" and a("red star") == "a red star"
+    assert plural("red cross") == "red crosses" and plural("ring") == "rings"
+    assert counted(1, "ring") == "a ring" and counted(3, "cross") == "three crosses"
+    assert listed(["x"]) == "x" and listed(["x", "y", "z"]) == "x, y and z"
