@@ -103,8 +103,9 @@ class EngineConfig(JsonConfig):
     as many as `kv_memory_fraction` of the memory left after the weights holds. max_model_len:
     longest prompt plus answer in blocks, None = the model's. max_step_tokens: prompt positions
     computed per step (prefill chunk). prefix_cache: share pages of equal prefixes. verify_head:
-    compute the full head too and count how often it leaves the admissible ids. head_image_mode:
-    inside an image admit only codes and special tokens. seed: base of the requests' seeds.
+    compute the full head too and count how often it leaves the admissible ids. position_markers:
+    coordinates in front of every row of a prompt's images, such as "{row},{cols}", between the two
+    ids that follow the end-of-block id; None = no markers. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     """
@@ -117,7 +118,7 @@ class EngineConfig(JsonConfig):
     max_step_tokens: int = 512
     prefix_cache: bool = True
     verify_head: bool = False
-    head_image_mode: bool = False
+    position_markers: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
     max_condition_length: int = 720

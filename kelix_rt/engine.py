@@ -16,7 +16,7 @@ from torch import Tensor
 from kelix_rt.core import EngineCore
 from kelix_rt.intake import reported_rows
 from kelix_rt.loading import load_parts
-from kelix_rt.processing import ChatProcessor, ImageProcessor, TextTokenizer
+from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
 from kelix_rt.processing.sources import ImageSource
 from kelix_rt.processing.text import TOKENIZER_FILES
 from kelix_rt.reply import ReplyText
@@ -98,7 +98,9 @@ class Engine(EngineCore):
     @cached_property
     def processor(self) -> ChatProcessor:
         """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
-        return ChatProcessor(self.text, self.images, self.config.qwen_config)
+        template, end = self.options.position_markers, self.config.block_end
+        markers = PositionMarkers(end + 1, end + 2, template) if template else None
+        return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
 
     def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images.

@@ -44,8 +44,6 @@ def load_parts(
 ) -> Parts:
     """Loads the models and books the KV cache; arguments as `Engine.from_pretrained`."""
     chosen = EngineConfig.from_json(options)
-    if chosen.head_image_mode:
-        raise ConfigError("head_image_mode: the Block Decoder has no such mode; leave it False")
     directory = resolve(model)
     config = read_config(directory)
     if not isinstance(config, KelixConfig):

@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Directory of the golden checkpoints and outputs (float32, CPU, made by the reference)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The models of the tests are too small to gain from a second thread."""
+    torch.set_num_threads(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kelix_rt import ConfigError, SamplingParams, TextDelta
 from tests.engine_helpers import (
@@ -45,3 +46,22 @@ def test_a_checkpoint_without_dit_says_so(golden: Path) -> None:
     with pytest.raises(ConfigError, match="drawing needs the image DiT"):
         engine.generate_image([1, 2, 3])
     assert_idle(engine)
+
+
+def test_position_markers_stand_in_front_of_every_image_row(golden: Path) -> None:
+    engine = load_engine(golden / "llm" / "tiny_a", position_markers="{row},{cols}")
+    picture = Image.new("RGB", (112, 84), "red")
+    prompt = engine.chat_prompt(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}],
+            }
+        ]
+    )
+    ids = list(prompt.ids)
+    start = engine.config.block_end + 1
+    assert ids.count(start) == 3, "84 pixels are three rows of image tokens"
+    row = ids[ids.index(start) : ids.index(start, ids.index(start) + 1)]
+    assert row[-4:] == [engine.config.qwen_config.image_token_id] * 4
+    assert row[row.index(start + 1) - 1] in engine.text.encode("4")

@@ -55,11 +55,6 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_parts(tmp_path / "nothing", None, None, "cpu", "auto", {})
 
 
-def test_a_mode_the_decoder_lacks_is_refused(golden: Path) -> None:
-    with pytest.raises(ConfigError, match="head_image_mode"):
-        load_parts(golden / "llm" / "tiny_a", None, None, "cpu", "auto", {"head_image_mode": True})
-
-
 def test_half_precision_engines_run(golden: Path) -> None:
     parts = load_parts(golden / "llm" / "tiny_a", None, None, "cpu", "bfloat16", {"num_pages": 4})
     assert parts.runner.kv.k.dtype == torch.bfloat16

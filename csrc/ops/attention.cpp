@@ -122,6 +122,15 @@ std::vector<AttentionTile> attention_tiles(Check& check, const PagedAttentionArg
   return tiles;
 }
 
+// Tiles worth a thread of their own: about a quarter million multiplications.
+int64_t tile_grain(const PagedAttentionArgs& args, const std::vector<AttentionTile>& tiles) {
+  int64_t work = 1;
+  for (const AttentionTile& tile : tiles) {
+    work += 2 * (tile.end - tile.begin) * args.context_lens[tile.request] * args.head_dim;
+  }
+  return 1 + static_cast<int64_t>(tiles.size()) * 262144 / work;
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                        const Tensor& page_table, const Tensor& context_lens,
                        const Tensor& query_start, double scale) {
@@ -173,9 +182,12 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   } else {
     const auto kernel = KELIX_CPU(paged_attention_tile);
     const std::vector<AttentionTile> tiles = attention_tiles(check, args, check["P"]);
-    torch_parallel_for()(static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernel(args, tiles[static_cast<size_t>(i)]);
-    });
+    const int64_t grain = tile_grain(args, tiles);
+    torch_parallel_for()(static_cast<int64_t>(tiles.size()), grain,
+                         [&](int64_t begin, int64_t end) {
+                           for (int64_t i = begin; i < end; ++i)
+                             kernel(args, tiles[static_cast<size_t>(i)]);
+                         });
   }
   return out;
 }
