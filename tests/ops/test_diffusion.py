@@ -41,7 +41,7 @@ def test_gated_residual(shape: tuple[int, int, int], dtype: torch.dtype, device:
     gate = randn(batch, width, dtype=dtype, device=device, seed=1)
     y = randn(*shape, dtype=dtype, device=device, seed=2)
     mine, theirs, exact = x.clone(), x.clone(), x.double()
-    assert ops.gated_residual(mine, gate, y) is None
+    ops.gated_residual(mine, gate, y)
     ops.gated_residual_ref(theirs, gate, y)
     ops.gated_residual_ref(exact, gate.double(), y.double())
     assert_as_accurate_as_torch(mine, theirs, exact)
@@ -71,15 +71,13 @@ def test_relu_linear_attention(
     batch, tokens, width, head_dim = shape
     # A positive mean keeps the divisor away from zero, where any rounding of q and k explodes.
     qkv = randn(batch, tokens, 3 * width, dtype=dtype, device=device) + 0.5
-    norms: list[Tensor | None] = [None, None]
-    if normed:
-        norms = [
-            (1 + 0.1 * randn(width, seed=seed)).to(device, dtype) for seed in (1, 2)
-        ]  # fmt: skip
-    double = [None if norm is None else norm.double() for norm in norms]
-    exact = ops.relu_linear_attention_ref(qkv.double(), *double, head_dim)
-    plain = ops.relu_linear_attention_ref(qkv, *norms, head_dim)
-    got = ops.relu_linear_attention(qkv, *norms, head_dim)
+    q_norm = 1 + 0.1 * randn(width, device=device, seed=1) if normed else None
+    k_norm = 1 + 0.1 * randn(width, device=device, seed=2) if normed else None
+    weights = [None if t is None else t.to(dtype) for t in (q_norm, k_norm)]
+    double = [None if t is None else t.double() for t in weights]
+    exact = ops.relu_linear_attention_ref(qkv.double(), double[0], double[1], head_dim)
+    plain = ops.relu_linear_attention_ref(qkv, weights[0], weights[1], head_dim)
+    got = ops.relu_linear_attention(qkv, weights[0], weights[1], head_dim)
     assert_as_accurate_as_torch(got, plain, exact)
 
 
@@ -206,7 +204,9 @@ def test_euler_step(shape: tuple[int, ...], guided: bool, dtype: torch.dtype, de
 def test_non_contiguous_input() -> None:
     x = randn(2, 16, 6).transpose(1, 2)
     gate = randn(16, 2, seed=1).T
-    assert torch.equal(ops.modulate(x, gate, gate), ops.modulate(*map(dense, (x, gate, gate))))
+    assert torch.equal(
+        ops.modulate(x, gate, gate), ops.modulate(dense(x), dense(gate), dense(gate))
+    )
     mine, theirs = dense(x).clone(), dense(x).clone()
     ops.gated_residual(mine, gate, x)
     ops.gated_residual(theirs, dense(gate), dense(x))
@@ -217,7 +217,7 @@ def test_non_contiguous_input() -> None:
     planes = randn(1, 8, 4, 5).permute(0, 2, 3, 1)
     weight, bias = randn(3, 3, 8).permute(2, 0, 1), randn(16)[::2]
     got = ops.depthwise_glu(planes, weight, bias)
-    assert torch.equal(got, ops.depthwise_glu(*map(dense, (planes, weight, bias))))
+    assert torch.equal(got, ops.depthwise_glu(dense(planes), dense(weight), dense(bias)))
 
 
 def dense(x: Tensor) -> Tensor:
