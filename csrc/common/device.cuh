@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/dtype.h"
 
@@ -100,7 +101,8 @@ __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_
 // 16 bytes in one load; `from` must be aligned to them.
 template <class T>
 __device__ __forceinline__ void load_16_bytes(const T* from, T (&to)[16 / sizeof(T)]) {
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  memcpy(to, &raw, sizeof(raw));  // a store through a cast pointer would break aliasing rules
 }
 
 // Calls f(T{}) with the storage type of `dtype`.
