@@ -66,9 +66,11 @@ def build_native(output: Path) -> None:
         raise SystemExit("kelix_rt needs torch installed first: pip install 'torch>=2.10'")
     cuda = cuda_root()
     build = ROOT / "build" / f"{'cuda' if cuda else 'cpu'}-{sysconfig.get_config_var('SOABI')}"
+    cutlass = environment_package("cutlass_library")  # pip install --no-deps nvidia-cutlass
     options = {
         "TORCH_DIR": torch,
         "CUDA_ROOT": cuda or "",
+        "CUTLASS_DIR": cutlass / "source" / "include" if cutlass else "",
         "OUTPUT_DIR": output,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": _pybind11_dir(),

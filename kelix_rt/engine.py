@@ -68,9 +68,10 @@ class Engine(EngineCore):
 
         dit, vae: the image DiT and its autoencoder; subfolders dit/ and vae/ of the model are
         found without. Both are needed for drawing only. device: "auto" takes a GPU when there is
-        one. dtype: "auto" keeps what is stored; or "bfloat16", "float16", "float32". on_tensor:
-        called with (name, bytes) after each tensor of the language model, for progress. options:
-        the fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or NativeError.
+        one. dtype: "auto" keeps what the language model stores, for all parts; or "bfloat16",
+        "float16", "float32". on_tensor: called with (name, bytes) after each tensor, for progress.
+        options: the fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or
+        NativeError.
         """
         parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
         engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)

@@ -46,7 +46,7 @@ def installation() -> Facts:
 def native() -> Facts:
     """The operator library: `isa` it runs here and `cuda` targets built in; or why it is absent.
 
-    cuda is [] for a library built without nvcc.
+    cuda is [] for a library built without nvcc; cutlass the version of its headers, or None.
     """
     try:
         from kelix_rt import ops as _ops  # noqa: F401 - loads the library
@@ -55,7 +55,7 @@ def native() -> Facts:
     built: str = torch.ops.kelix.build_info()
     fields = dict(part.split("=", 1) for part in built.split())
     targets = re.split(r"[,;]", fields["cuda"]) if fields["cuda"] else []
-    return {"isa": fields["isa"], "cuda": targets}
+    return {"isa": fields["isa"], "cuda": targets, "cutlass": fields.get("cutlass")}
 
 
 def gpus() -> list[Facts]:

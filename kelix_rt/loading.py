@@ -57,8 +57,9 @@ def load_parts(
     if dit_path is not None and vae_path is not None:
         from kelix_rt.stages.render import RenderStage  # brings diffusers, which is slow to import
 
+        # The release runs all of its models in one dtype, the language model's.
         render = RenderStage.from_pretrained(
-            dit_path, vae_path, target, wanted, chosen.max_condition_length
+            dit_path, vae_path, target, language.dtype, chosen.max_condition_length, on_tensor
         )
         channels = render.dit.condition_channels
         if channels != config.qwen_config.embed_dim:

@@ -29,7 +29,7 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
     (r"quantizer\.\d+\.(embedding|embedding_proj|voc_reducer)\b", None),  # projected at load
     (r"^pos_embed$", None),
     (
-        r"^visual_tokenizer\.|^visual\.|^(mlp_AR|encoder|pre_llm_aligner|quantizer)\.",
+        r"^visual_tokenizer\.|^visual\.|^(mlp_AR|pre_llm_aligner|quantizer)\.|^encoder\.(weight|bias)$",
         "vision tokenizer",
     ),
     (r"\.tok_embeddings\.", "embedding table"),

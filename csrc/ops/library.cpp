@@ -1,6 +1,10 @@
 // The schemas of all operators, declared once. Shapes and meaning: kelix_rt/ops/<stem>.py.
 #include <torch/csrc/stable/library.h>
 
+#ifdef KELIX_CUTLASS
+#include <cutlass/version.h>
+#endif
+
 #include <string>
 
 #include "common/isa.h"
@@ -9,7 +13,8 @@
 namespace kelix {
 namespace {
 
-// What this library is: "isa=avx512 cuda=80-real;90-real" or "isa=avx2 cuda=".
+// What this library is: "isa=avx512 cuda=80-real,90a-real cutlass=4.2.0", or "isa=avx2 cuda=" when
+// it was built without nvcc. (cutlass: the headers the CUDA build found, if any.)
 std::string build_info() {
   std::string text = "isa=";
   switch (current_isa()) {
@@ -24,10 +29,15 @@ std::string build_info() {
       break;
   }
 #ifdef KELIX_CUDA
-  return text + " cuda=" KELIX_CUDA_ARCHS;
+  text += " cuda=" KELIX_CUDA_ARCHS;
 #else
-  return text + " cuda=";
+  text += " cuda=";
 #endif
+#ifdef KELIX_CUTLASS
+  text += " cutlass=" + std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." +
+          std::to_string(CUTLASS_PATCH);
+#endif
+  return text;
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ STREAMED = (
     "block decoder",
     "vision tokenizer",
     "projected codebooks",
+    "weights",  # of the DiT
 )
 
 
@@ -47,8 +48,9 @@ def load_engine(
             f"drawing needs the image DiT and its VAE: {directory} has no subfolders dit/ and "
             "vae/, so pass --dit and --vae"
         )
-    ledger = plan(directory, dtype=choose_dtype(dtype))
-    total = sum(entry.num_bytes for entry in ledger.entries if entry.name in STREAMED)
+    sources = [directory] if dit_path is None else [directory, dit_path]
+    entries = [entry for path in sources for entry in plan(path, dtype=choose_dtype(dtype)).entries]
+    total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
     with byte_progress() as bar:
         task = bar.add_task(f"loading {Path(model).name}", total=total)
         return Engine.from_pretrained(

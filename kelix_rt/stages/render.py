@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
     from PIL import Image
 
+    from kelix_rt.weights import OnTensor
+
 __all__ = ["RenderStage", "RenderState", "sample"]
 
 MAX_CONDITION_LENGTH = 720
@@ -67,9 +69,13 @@ class RenderStage:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         max_condition_length: int = MAX_CONDITION_LENGTH,
+        on_tensor: OnTensor | None = None,
     ) -> RenderStage:
-        """Loads both models from local directories; dtype None takes what the DiT stores."""
-        model = KelixDiT.from_pretrained(dit, device, dtype)
+        """Loads both models from local directories; dtype None takes what the DiT stores.
+
+        on_tensor: called with (name, bytes) after each tensor of the DiT.
+        """
+        model = KelixDiT.from_pretrained(dit, device, dtype, on_tensor)
         return cls(model, load_vae(vae, device, model.dtype), max_condition_length)
 
     def start(self, condition: Tensor, params: RenderParams) -> RenderState:
