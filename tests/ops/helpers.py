@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ DEVICES = [
 ]
 
 
-def opcheck(op: Callable[..., Any], *args: Any) -> None:
+def opcheck(op: torch._ops.OpOverload, *args: Any) -> None:
     """Schema, fake kernel and dispatch of an operator (torch.library.opcheck)."""
     torch.library.opcheck(
         op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
