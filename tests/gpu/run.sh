@@ -28,6 +28,9 @@ capability=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capa
 export KELIX_CUDA=1 KELIX_CUDA_ARCHS="$capability-real"
 run build $python setup.py -q native
 run tests $python -m pytest -m gpu tests
+for dtype in float32 bfloat16; do
+  run "parity-$dtype" $python -m kelix_rt.cli parity tests/golden --device cuda --dtype "$dtype"
+done
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     run "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \

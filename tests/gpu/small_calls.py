@@ -61,6 +61,21 @@ def sampling(device: str) -> None:
         ops.sample_blocks(logits, params, keys, keys, keys, 0, reference)
 
 
+def block_decoder(device: str) -> None:
+    """block_decoder stem: N = 3 codes, two layers, a batch of greedy and drawn rows."""
+    shape = ops.BlockDecoderShape(
+        d_model=20, num_heads=2, num_layers=2, ffn=28, input_dim=36, num_slots=4
+    )
+    weights = randn(shape.packed_size, device=device, scale=0.1)
+    table, head = randn(70, 36, device=device), randn(70, 36, device=device, seed=1)
+    params = torch.tensor([[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0]], device=device)
+    keys = torch.arange(2, device=device)
+    ops.block_decode(
+        randn(2, 36, device=device), weights, table, randn(36, device=device), head,
+        params.unsqueeze(1).repeat(1, 4, 1), keys, keys, 3, 40, 39, 7, 20, 2, 2, 28,
+    )  # fmt: skip
+
+
 def diffusion(device: str) -> None:
     """diffusion stem."""
     x = randn(2, 15, 40, device=device)
@@ -77,11 +92,12 @@ def diffusion(device: str) -> None:
     ops.euler_step(latent, latent.clone(), latent.clone(), step, step)
 
 
-def main() -> None:
+def main(device: str = "cuda") -> None:
     """Run them all and wait for the device."""
-    for call in (norms, attention, codes, sampling, diffusion):
-        call("cuda")
-        torch.cuda.synchronize()
+    for call in (norms, attention, codes, sampling, block_decoder, diffusion):
+        call(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         print(f"{call.__name__}: ran")
 
 
