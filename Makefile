@@ -1,6 +1,7 @@
 # make demo   set up .venv and run Kelix on a photograph and on a prompt
 # make test   set up .venv and run the tests
 # make bench  the benchmarks        make lint  ruff, clang-format, mypy
+# make native rebuild the libraries in place (KELIX_CUDA=0 without nvcc, =1 with it or fail)
 # make gpu    on a machine with an NVIDIA GPU: GPU tests, compute-sanitizer, benchmarks
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 OUT ?= out
 
-.PHONY: demo test bench lint format gpu clean
+.PHONY: demo test bench lint format native gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m kelix_rt.demo --out $(OUT)
@@ -47,9 +48,12 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 
 # pip builds the libraries when it installs; later changes of the sources only rebuild what changed.
 $(VENV)/.built: $(NATIVE) $(VENV)/.installed
+	$(MAKE) -s native
+
+native: $(VENV)/.installed
 	$(VENV)/bin/pip install -q "cmake>=3.24" "ninja>=1.11" "pybind11>=2.13" "setuptools>=77"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py -q native
-	touch $@
+	touch $(VENV)/.built
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -e ".[lint]"
