@@ -189,8 +189,7 @@ class Engine(EngineCore):
             for prompt in prompts:
                 numbers.append(self.add_request(prompt, sampling))
         except BaseException:
-            for number in numbers:
-                self.abort(number)
+            self.discard(numbers)
             raise
         return [self._as_output(event) for event in self.run_to_end(numbers)]
 

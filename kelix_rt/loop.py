@@ -42,8 +42,8 @@ class Loop:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished."""
-        return self.scheduler.has_work
+        """Whether a request is unfinished, or `step` has events to hand out."""
+        return self.scheduler.has_work or bool(self._unread)
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""
@@ -61,6 +61,13 @@ class Loop:
             return None
         sequence.finish_reason = "abort"
         return self._finish(sequence)
+
+    def discard(self, request_ids: Items[int]) -> None:
+        """Aborts those of the requests that run, and drops the events nobody will read."""
+        for number in request_ids:
+            self._mail[number] = deque()
+            self.abort(number)
+            del self._mail[number]
 
     def step(self) -> list[Event]:
         """Runs one step; the events it caused, [] when there is nothing to do.
@@ -89,8 +96,7 @@ class Loop:
                 if isinstance(event, RequestDone | RequestFailed):
                     return
         finally:
-            del self._mail[request_id]
-            self.abort(request_id)
+            self.discard([request_id])
 
     def run_to_end(self, request_ids: Items[int]) -> list[RequestDone | RequestFailed]:
         """Runs until these requests have ended; their last events, in the order given."""
@@ -107,9 +113,7 @@ class Loop:
                     if isinstance(event, RequestDone | RequestFailed):
                         ended[number] = event
         finally:
-            for number in request_ids:
-                del self._mail[number]
-                self.abort(number)
+            self.discard(request_ids)
         return [ended[number] for number in request_ids]
 
     def _run_for(self, request_id: int) -> None:

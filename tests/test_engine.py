@@ -10,6 +10,7 @@ import torch
 
 from kelix_rt import (
     BlockEvent,
+    InputError,
     Prompt,
     RequestDone,
     SamplingParams,
@@ -257,6 +258,15 @@ def test_leaving_a_stream_aborts_its_request_only(golden: Path) -> None:
     blocks = [e.ids for e in (first, *rest) if isinstance(e, BlockEvent)]
     np.testing.assert_array_equal(blocks, golden_blocks(path, "gen0"))
     assert_idle(engine)
+    assert engine.step() == []  # nobody waits for the events of the stream that was left
+
+
+def test_a_refused_prompt_leaves_no_events_of_those_before_it(golden: Path) -> None:
+    engine = load_engine(golden / "llm" / "tiny_a")
+    with pytest.raises(InputError):
+        engine.generate([[1, 2], []])
+    assert_idle(engine)
+    assert engine.step() == []
 
 
 def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
@@ -264,9 +274,10 @@ def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
     engine = load_engine(path)
     own = engine.add_request(golden_prompt(path, "gen0")[0], golden_sampling(path))
     engine.generate_blocks(golden_prompt(path, "gen1")[0], sampling=golden_sampling(path))
-    events = engine.step()
+    events = []
     while engine.has_work:
         events += engine.step()
+    assert isinstance(events[-1], RequestDone)
     assert {event.request_id for event in events} == {own}
     blocks = [event.ids for event in events if isinstance(event, BlockEvent)]
     np.testing.assert_array_equal(blocks, golden_blocks(path, "gen0"))
