@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,90 +12,10 @@ from torch.nn import functional as F
 from kelix_rt import ops
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import InputError
+from kelix_rt.models.layers import add, add_and_norm, needs_grad
+from kelix_rt.models.sequences import PackedLayout, PagedKV, StepContext
+from kelix_rt.ops.attention import normed_rotated
 from kelix_rt.weights import Source
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """Where the T positions of one step belong: B requests laid end to end.
-
-    positions: [T] int32 position in the request. slots: [T] int64 flat cache slot, ``page id *
-    page_size + offset``, -1 to store nothing. page_table: [B, max_pages] int32. context_lens: [B]
-    int32 tokens of each request once this step is stored. query_start: [B + 1] int32 first row.
-    """
-
-    positions: Tensor
-    slots: Tensor
-    page_table: Tensor
-    context_lens: Tensor
-    query_start: Tensor
-
-    @classmethod
-    def of_chunks(
-        cls,
-        pages: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        page_size: int,
-        device: torch.device | str = "cpu",
-    ) -> StepContext:
-        """Context of one chunk per request: positions ``start .. start + count`` over its pages."""
-        positions: list[int] = []
-        slots: list[int] = []
-        query_start = [0]
-        for own, start, count in zip(pages, starts, counts, strict=True):
-            chunk = range(start, start + count)
-            positions.extend(chunk)
-            slots.extend(own[p // page_size] * page_size + p % page_size for p in chunk)
-            query_start.append(len(positions))
-        width = max(map(len, pages), default=0)
-        table = [[*own, *[0] * (width - len(own))] for own in pages]
-        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-        return cls(
-            positions=torch.tensor(positions, dtype=torch.int32, device=device),
-            slots=torch.tensor(slots, dtype=torch.int64, device=device),
-            page_table=torch.tensor(table, dtype=torch.int32, device=device),
-            context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
-            query_start=torch.tensor(query_start, dtype=torch.int32, device=device),
-        )
-
-
-@dataclass(frozen=True)
-class PagedKV:
-    """Keys and values of all layers, each [L, pages, KV heads, page_size, head_dim]."""
-
-    k: Tensor
-    v: Tensor
-
-    @classmethod
-    def allocate(
-        cls,
-        config: QwenConfig,
-        num_pages: int,
-        page_size: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> PagedKV:
-        """A zeroed cache of num_pages pages of page_size positions."""
-        shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-        k = torch.zeros(shape, dtype=dtype, device=device)
-        return cls(k, torch.zeros_like(k))
-
-    @staticmethod
-    def page_bytes(config: QwenConfig, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes over all layers, keys and values together."""
-        per_position = config.num_layers * config.num_kv_heads * config.head_dim
-        return 2 * per_position * page_size * dtype.itemsize
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the cache."""
-        return self.k.shape[1]
-
-    @property
-    def page_size(self) -> int:
-        """Positions of a page."""
-        return self.k.shape[3]
 
 
 def rope_table(config: QwenConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -138,18 +58,35 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: StepContext, cos_sin: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """x: [T, D] normed. k, v: one layer's cache, written in place. Returns [T, D]."""
-        qkv = self.qkv(x)
-        for part, name in zip(qkv.split(self.sizes, dim=-1), "qkv", strict=True):
-            if name in self.biases:
-                part.add_(self.biases[name])
         q = ops.rope_store_kv(
-            qkv, self.q_norm, self.k_norm, cos_sin, ctx.positions, ctx.slots, k, v,
+            self._project(x), self.q_norm, self.k_norm, cos_sin, ctx.positions, ctx.slots, k, v,
             self.num_heads, self.eps,
         )  # fmt: skip
         mixed = ops.paged_attention(
             q, k, v, ctx.page_table, ctx.context_lens, ctx.query_start, self.head_dim**-0.5
         )
         return self.output(mixed.flatten(1))
+
+    def dense(self, x: Tensor, layout: PackedLayout, cos_sin: Tensor) -> Tensor:
+        """`forward` of whole sequences without a cache, differentiable. x: [T, D] normed."""
+        parts = normed_rotated(
+            self._project(x), self.q_norm, self.k_norm, cos_sin, layout.positions,
+            self.num_heads, self.head_dim, self.eps,
+        )  # fmt: skip
+        q, k, v = (part[layout.rows].transpose(1, 2) for part in parts)
+        # The padding stands at the end of its sequence, where a causal mask hides it.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.output(mixed.transpose(1, 2).flatten(0, 1)[layout.places].flatten(1))
+
+    def _project(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        if not self.biases:
+            return qkv
+        parts = [
+            part + self.biases[name] if name in self.biases else part
+            for part, name in zip(qkv.split(self.sizes, dim=-1), "qkv", strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
 
 
 class DecoderLayer(nn.Module):
@@ -193,6 +130,45 @@ class Backbone(nn.Module):
         Writes the positions' keys and values into kv. Every position must be below max_seq_len.
         keep: receives a copy of the input of every layer.
         """
+
+        def attend(index: int, attention: Attention, x: Tensor) -> Tensor:
+            return attention(x, ctx, self.cos_sin, kv.k[index], kv.v[index])
+
+        return self._run(embeds, attend, keep)
+
+    def run_whole(
+        self,
+        embeds: Tensor,
+        keep: list[Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`forward` over whole sequences laid end to end, [T, D], that need no cache given.
+
+        lengths: of the sequences, summing to T; None for one sequence. Differentiable: where
+        gradients are needed, attention is dense over each sequence and nothing is overwritten.
+        Raises InputError for lengths that do not fit, and above max_seq_len.
+        """
+        lengths = self._check_lengths(embeds, lengths)
+        if needs_grad(embeds, *self.parameters()):
+            layout = PackedLayout.of(lengths, embeds.device)
+
+            def attend(index: int, attention: Attention, x: Tensor) -> Tensor:
+                return attention.dense(x, layout, self.cos_sin)
+
+            return self._run(embeds, attend, keep)
+        page_size = 16
+        ends = list(accumulate((-(-length // page_size) for length in lengths), initial=0))
+        kv = PagedKV.allocate(self.config, ends[-1], page_size, embeds.device, embeds.dtype)
+        pages = [range(begin, end) for begin, end in pairwise(ends)]
+        ctx = StepContext.of_chunks(pages, [0] * len(pages), lengths, page_size, embeds.device)
+        return self.forward(embeds, ctx, kv, keep)
+
+    def _run(
+        self,
+        embeds: Tensor,
+        attend: Callable[[int, Attention, Tensor], Tensor],
+        keep: list[Tensor] | None,
+    ) -> Tensor:
         eps = self.config.norm_eps
         residual = embeds.clone(memory_format=torch.contiguous_format)
         update: Tensor | None = None
@@ -201,28 +177,27 @@ class Backbone(nn.Module):
             if update is None:
                 x = ops.rms_norm(residual, layer.sa_norm, eps)
             else:
-                x = ops.add_rms_norm(residual, update, layer.sa_norm, eps)
+                residual, x = add_and_norm(residual, update, layer.sa_norm, eps)
             if keep is not None:
                 keep.append(residual.clone())
-            x = layer.attention(x, ctx, self.cos_sin, kv.k[index], kv.v[index])
-            x = ops.add_rms_norm(residual, x, layer.mlp_norm, eps)
+            x = attend(index, layer.attention, x)
+            residual, x = add_and_norm(residual, x, layer.mlp_norm, eps)
             update = layer.mlp(x)
-        return residual if update is None else residual.add_(update)
+        return residual if update is None else add(residual, update)
 
-    def run_whole(self, embeds: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-        """`forward` over one whole sequence [S, D] with a cache of its own.
-
-        Raises InputError when S exceeds max_seq_len.
-        """
-        length = embeds.shape[0]
-        limit = self.config.max_seq_len
-        if length > limit:
-            raise InputError(f"backbone: a prompt must have at most {limit} blocks, got {length}")
-        page_size = 16
-        num_pages = -(-length // page_size)
-        kv = PagedKV.allocate(self.config, num_pages, page_size, embeds.device, embeds.dtype)
-        ctx = StepContext.of_chunks([range(num_pages)], [0], [length], page_size, embeds.device)
-        return self.forward(embeds, ctx, kv, keep)
+    def _check_lengths(self, embeds: Tensor, lengths: Sequence[int] | None) -> Sequence[int]:
+        total, limit = embeds.shape[0], self.config.max_seq_len
+        lengths = [total] if lengths is None else lengths
+        if min(lengths, default=0) < 1 or sum(lengths) != total:
+            raise InputError(
+                f"backbone: lengths must be positive with sum {total}, the rows of embeds, got "
+                f"{list(lengths)}"
+            )
+        if max(lengths) > limit:
+            raise InputError(
+                f"backbone: a prompt must have at most {limit} blocks, got {max(lengths)}"
+            )
+        return lengths
 
 
 def weight_map(config: QwenConfig) -> dict[str, Source]:

@@ -121,7 +121,6 @@ class KelixDiT(nn.Module):
         config = self.config
         return (config.use_connector and config.connector_channels) or config.caption_channels
 
-    @torch.no_grad()
     def velocity(
         self,
         latent: Tensor,
@@ -139,7 +138,6 @@ class KelixDiT(nn.Module):
         cache = self.prepare_condition(condition, mask, grid_length)
         return self.forward_cached(latent, self.prepare_modulation(timestep), cache)
 
-    @torch.no_grad()
     def prepare_condition(
         self,
         condition: Tensor,
@@ -161,7 +159,6 @@ class KelixDiT(nn.Module):
         rotary = self._condition_rotary(capacity, grid_length, tokens.shape[1], packed.index)
         return self._cache(tokens, packed.lengths, rotary, capacity, grid_length)
 
-    @torch.no_grad()
     def unconditional(
         self, batch: int, capacity: int | None = None, grid_length: int | None = None
     ) -> ConditionCache:
@@ -179,7 +176,6 @@ class KelixDiT(nn.Module):
         values = tuple(v.expand(batch, -1, -1, -1) for v in one.values)
         return ConditionCache(keys, values, None, (length,) * batch, capacity, grid_length)
 
-    @torch.no_grad()
     def prepare_modulation(self, timesteps: Tensor) -> Tensor:
         """timesteps [S] -> [6 * depth + 2, S, C]: per block shift, scale, gate twice, then final.
 
@@ -246,7 +242,6 @@ class KelixDiT(nn.Module):
         angles = rotary_angles(positions, config.hidden_size // config.num_heads).unsqueeze(-2)
         return angles.cos(), angles.sin()
 
-    @torch.no_grad()
     def forward_cached(self, latent: Tensor, modulation: Tensor, cache: ConditionCache) -> Tensor:
         """latent [B, Cin, h, w], modulation [6 * depth + 2, B, C], B cached conditions -> velocity.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kelix_rt import ops
 from kelix_rt.config import SanaConfig
 from kelix_rt.models.dit_positions import rotate
+from kelix_rt.models.layers import add, gated_add
 from kelix_rt.ops.diffusion import ACT_GELU, ACT_NONE, ACT_SILU
 
 NORM_EPS = 1e-6  # the affine-free LayerNorms of blocks and final layer
@@ -182,14 +183,13 @@ class Block(nn.Module):
         mask: Tensor | None,
         rotary: Rotary | None,
     ) -> Tensor:
-        """x [B, N, C], overwritten and returned.
+        """x [B, N, C] -> the same; x is overwritten unless gradients are needed.
 
         modulation [6, B, C]: shift, scale, gate of the self-attention, then of the feed-forward.
         """
         attended = self.attn(ops.modulate(x, modulation[0], modulation[1], NORM_EPS))
-        ops.gated_residual(x, modulation[2], attended)
+        x = gated_add(x, modulation[2], attended)
         query = ops.layer_norm(x, None, None, NORM_EPS) if self.normed_cross_input else x
-        x += self.cross(query, keys, values, mask, rotary)
+        x = add(x, self.cross(query, keys, values, mask, rotary))
         fed = self.mlp(ops.modulate(x, modulation[3], modulation[4], NORM_EPS), grid)
-        ops.gated_residual(x, modulation[5], fed)
-        return x
+        return gated_add(x, modulation[5], fed)

@@ -29,6 +29,7 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # an inference tensor kept here could never be trained with
 def sincos_table(
     height: int,
     width: int,
@@ -107,6 +108,7 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # an inference tensor kept here could never be trained with
 def image_rotary(
     height: int, width: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -230,10 +231,12 @@ class KelixLM(nn.Module):
         previous = torch.where(visual, following, following[:, :1])
         return torch.cat((hidden.unsqueeze(1), F.embedding(previous, self.embeddings)), dim=1)
 
-    def teacher_forced_logits(self, ids: Tensor) -> Tensor:
-        """Logits [S, N+1, VT] float32 of all slots of all positions of one sequence [S, N+1].
+    def teacher_forced_logits(self, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Logits [S, N+1, VT] float32 of all slots of all positions of sequences [S, N+1].
 
-        Slot j of position i predicts id j of row i + 1 given that row's earlier ids.
+        Slot j of position i predicts id j of row i + 1 given that row's earlier ids. lengths: of
+        the sequences laid end to end in ids, None for one; the last position of each predicts
+        nothing of its own. Differentiable (`Backbone.run_whole`).
         """
-        hidden = self.backbone.run_whole(self.embed_blocks(ids))
+        hidden = self.backbone.run_whole(self.embed_blocks(ids), lengths=lengths)
         return self.head_logits(self.block_decoder(self.teacher_inputs(ids, hidden)))

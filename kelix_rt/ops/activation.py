@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._autograd import differentiate
 from kelix_rt.ops._wide import wide
 
 
@@ -26,3 +27,6 @@ def silu_mul_ref(x: Tensor) -> Tensor:
 @torch.library.register_fake("kelix::silu_mul")
 def _silu_mul_fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+differentiate("silu_mul", silu_mul_ref)

@@ -46,6 +46,26 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def normed_rotated(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    head_dim: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, H, hd], k and v [T, KV, hd] as `rope_store_kv` makes them, in differentiable torch."""
+    heads = qkv.reshape(qkv.shape[0], -1, head_dim)
+    num_kv_heads = (heads.shape[1] - num_heads) // 2
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    q = _rope(q if q_weight is None else rms_norm_ref(q, q_weight, eps), cos, sin)
+    k = _rope(k if k_weight is None else rms_norm_ref(k, k_weight, eps), cos, sin)
+    return q, k, v
+
+
 def rope_store_kv_ref(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -59,12 +79,8 @@ def rope_store_kv_ref(
     eps: float = 1e-6,
 ) -> Tensor:
     """Plain-torch `rope_store_kv`; mutates the caches too."""
-    _, num_kv_heads, page_size, head_dim = k_cache.shape
-    heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
-    q = _rope(q if q_weight is None else rms_norm_ref(q, q_weight, eps), cos, sin)
-    k = _rope(k if k_weight is None else rms_norm_ref(k, k_weight, eps), cos, sin)
+    page_size, head_dim = k_cache.shape[2:]
+    q, k, v = normed_rotated(qkv, q_weight, k_weight, cos_sin, positions, num_heads, head_dim, eps)
     stored = slots >= 0
     page, offset = slots[stored] // page_size, slots[stored] % page_size
     k_cache[page, :, offset] = k[stored]

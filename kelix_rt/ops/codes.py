@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._autograd import differentiate
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import layer_norm_ref
 
@@ -108,3 +109,6 @@ def block_embed_ref(ids: Tensor, table: Tensor, text_vocab: int, block_end: int)
 @torch.library.register_fake("kelix::block_embed")
 def _block_embed_fake(ids: Tensor, table: Tensor, text_vocab: int, block_end: int) -> Tensor:
     return table.new_empty((ids.shape[0], table.shape[1]))
+
+
+differentiate("block_embed", block_embed_ref)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kelix_rt.ops._autograd import differentiate
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
@@ -40,9 +41,14 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> None:
     torch.ops.kelix.gated_residual(x, gate, y)
 
 
+def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """What `gated_residual` writes to x, as a new tensor and in plain differentiable torch."""
+    return (wide(x) + wide(gate).unsqueeze(1) * wide(y)).to(x.dtype)
+
+
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> None:
     """Plain-torch reference of `gated_residual`."""
-    x.copy_(wide(x) + wide(gate).unsqueeze(1) * wide(y))
+    x.copy_(gated_sum(x, gate, y))
 
 
 def relu_linear_attention(
@@ -196,3 +202,8 @@ def _euler_step_fake(
     guidance: Tensor | None,
 ) -> None:
     return None
+
+
+differentiate("modulate", modulate_ref)
+differentiate("relu_linear_attention", relu_linear_attention_ref)
+differentiate("depthwise_glu", depthwise_glu_ref)

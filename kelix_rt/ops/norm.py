@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._autograd import differentiate
 from kelix_rt.ops._wide import wide
 
 
@@ -78,3 +79,7 @@ def _layer_norm_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+differentiate("rms_norm", rms_norm_ref)
+differentiate("layer_norm", layer_norm_ref)

@@ -140,7 +140,7 @@ class Denoiser:
             self._plans[key] = plan
         return self._plans[key]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, states: Sequence[RenderState]) -> None:
         """One denoise step of every state; those of one latent size and solver run as one batch.
 

@@ -45,7 +45,7 @@ class EncodeStage:
         self.text_vocab = text_vocab
         self.mode = mode
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def codes(self, pixel_values: Tensor, grid: Tensor) -> Tensor:
         """Codes int64 [T, N] local to their sub-codebooks; T counts the blocks of all images."""
         check_patches(pixel_values, grid)
@@ -53,7 +53,7 @@ class EncodeStage:
         pixels = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
         return self.tokenizer.encode(pixels, grid, mode=self.mode)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def image_ids(self, pixel_values: Tensor, grid: Tensor) -> Tensor:
         """The same codes as ids of the language model, int64 [T, N]."""
         return self.tokenizer.global_ids(self.codes(pixel_values, grid), self.text_vocab)

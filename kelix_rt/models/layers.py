@@ -1,0 +1,41 @@
+"""Residual additions: in place at inference, out of place where gradients are needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kelix_rt import ops
+from kelix_rt.ops.diffusion import gated_sum
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """True while autograd records and any of the tensors takes part in it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    """x + update; x is overwritten unless gradients are needed."""
+    return x + update if needs_grad(x, update) else x.add_(update)
+
+
+def add_and_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x, and its `ops.rms_norm`; residual is overwritten unless gradients are needed.
+
+    residual, x: [..., D], residual contiguous. weight: [D]. Both results are [..., D].
+    """
+    if needs_grad(residual, x, weight):
+        residual = residual + x
+        return residual, ops.rms_norm(residual, weight, eps)
+    return residual, ops.add_rms_norm(residual, x, weight, eps)
+
+
+def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate * y; x is overwritten unless gradients are needed.
+
+    x, y: [B, N, C], x contiguous. gate: [B, C].
+    """
+    if needs_grad(x, gate, y):
+        return gated_sum(x, gate, y)
+    ops.gated_residual(x, gate, y)
+    return x

@@ -1,0 +1,98 @@
+"""The gradients of the operators against autograd through their references in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kelix_rt import ops
+from kelix_rt.testing import assert_as_accurate_as_torch, randn
+
+IDS = torch.tensor([[3, 9, 9], [5, 6, 9], [5, 9, 9], [9, 9, 9], [3, 4, 9]])
+
+# Operator, its reference, tensor inputs (None where optional and left out), other inputs.
+CASES: dict[
+    str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any], tuple[Any, ...]]
+] = {
+    "rms_norm": (ops.rms_norm, ops.rms_norm_ref, [(5, 16), (16,)], (1e-6,)),
+    "layer_norm": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), (16,), (16,)], (1e-5,)),
+    "layer_norm plain": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), None, None], (1e-5,)),
+    "silu_mul": (ops.silu_mul, ops.silu_mul_ref, [(3, 5, 16)], ()),
+    "modulate": (ops.modulate, ops.modulate_ref, [(2, 5, 16), (2, 16), (2, 16)], (1e-6,)),
+    "relu_linear_attention": (
+        ops.relu_linear_attention,
+        ops.relu_linear_attention_ref,
+        [(2, 7, 48), (16,), (16,)],
+        (8,),
+    ),
+    "depthwise_glu": (
+        ops.depthwise_glu,
+        ops.depthwise_glu_ref,
+        [(2, 4, 5, 12), (12, 3, 3), (12,)],
+        (1, 2),
+    ),
+}
+
+
+def make_inputs(shapes: list[Any], dtype: torch.dtype) -> list[Tensor | None]:
+    return [
+        None if shape is None else randn(*shape, dtype=dtype, seed=i).requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor | None], others: tuple[Any, ...]
+) -> list[Tensor]:
+    out = function(*inputs, *others)
+    upstream = randn(*out.shape, seed=99).to(out.dtype)
+    return list(torch.autograd.grad(out, [t for t in inputs if t is not None], upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_formula(name: str, dtype: torch.dtype) -> None:
+    op, reference, shapes, others = CASES[name]
+    inputs = make_inputs(shapes, dtype)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    for got, plain, want in zip(
+        gradients(op, inputs, others),
+        gradients(reference, inputs, others),
+        gradients(reference, exact, others),
+        strict=True,
+    ):
+        assert want.abs().max() > 0
+        assert_as_accurate_as_torch(got, plain, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_with_gradients(name: str) -> None:
+    op, _, shapes, others = CASES[name]
+    overload = getattr(torch.ops.kelix, op.__name__).default
+    torch.library.opcheck(overload, (*make_inputs(shapes, torch.float32), *others))
+
+
+def test_block_embed_gives_every_id_its_share() -> None:
+    table = randn(10, 4).requires_grad_()
+    ops.block_embed(IDS, table, 5, 9).sum().backward()
+    assert table.grad is not None
+    # Row 0 is text 3 once, row 1 codes 5 and 6, row 2 the code 5 alone, row 4 text 3 twice.
+    assert table.grad[:, 0].tolist() == [0, 0, 0, 3, 0, 2, 1, 0, 0, 0]
+    torch.library.opcheck(torch.ops.kelix.block_embed.default, (IDS, table, 5, 9))
+
+
+def test_only_the_wanted_gradients_are_computed() -> None:
+    x, weight = randn(3, 8).requires_grad_(), randn(8)
+    ops.rms_norm(x, weight).sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = randn(3, 8).requires_grad_(), torch.ones(8)
+    (first,) = torch.autograd.grad(ops.rms_norm(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
