@@ -10,7 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from kelix_rt.errors import InputError
-from kelix_rt.intake import derive_seed, drawing_prompt, end_rules, prompt_rows
+from kelix_rt.intake import (
+    derive_seed,
+    drawing_prompt,
+    end_rules,
+    patch_tensors,
+    prompt_rows,
+)
 from kelix_rt.loop import Loop
 from kelix_rt.request import GREEDY_DRAWING, Prompt, RenderParams, SamplingParams
 from kelix_rt.scheduler import Scheduler
@@ -52,8 +58,9 @@ class EngineCore(Loop):
         request that cannot be served, ConfigError for one that needs a part that is not loaded;
         nothing is queued then.
         """
-        if not isinstance(prompt, Prompt):
-            prompt = Prompt(prompt)
+        _check_type("sampling", sampling, SamplingParams)
+        _check_type("render", render, RenderParams)
+        prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
         if render is not None:
             self.runner.render_stage().latent_shape(render)
             prompt = drawing_prompt(prompt, self.config)
@@ -110,3 +117,8 @@ class EngineCore(Loop):
         if render is not None and render.seed is None:
             render = replace(render, seed=derive_seed(seed, 0))
         return Sequence(number, rows, sampling, seed, ends, hidden_from=hidden_from, render=render)
+
+
+def _check_type(name: str, value: object, expected: type) -> None:
+    if value is not None and not isinstance(value, expected):
+        raise InputError(f"{name} must be {expected.__name__} or None, got {value!r}")

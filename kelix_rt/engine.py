@@ -138,9 +138,8 @@ class Engine(EngineCore):
         sampling: None is greedy, as the release draws. Raises ConfigError without an image DiT, or
         for a description without a tokenizer.
         """
-        request = self.add_request(
-            self.drawing_prompt(prompt), sampling, render=render or RenderParams()
-        )
+        render = RenderParams() if render is None else render
+        request = self.add_request(self.drawing_prompt(prompt), sampling, render=render)
         return self._image(request)
 
     def drawing_prompt(self, prompt: str | PromptLike) -> PromptLike:

@@ -57,6 +57,18 @@ def prompt_rows(
     return rows.numpy(), placed
 
 
+def patch_tensors(prompt: Prompt) -> Prompt:
+    """The prompt with arrays of patches and grids as tensors. InputError for anything else."""
+    given = {}
+    for name in ("pixel_values", "image_grid_thw"):
+        value: Any = getattr(prompt, name)
+        if isinstance(value, np.ndarray):
+            given[name] = torch.from_numpy(value)
+        elif not (value is None or isinstance(value, Tensor)):
+            raise InputError(f"{name} must be a tensor or an array, got {type(value).__name__}")
+    return replace(prompt, **given) if given else prompt
+
+
 def _image_ids(prompt: Prompt, placeholders: int, config: KelixConfig) -> np.ndarray | None:
     """The ids for the placeholders; any visual ids where patches are still to be encoded."""
     text_vocab = config.qwen_config.vocab_size
@@ -148,6 +160,8 @@ def reported_rows(rows: np.ndarray, placed: np.ndarray, config: KelixConfig) -> 
 def integer_array(name: str, value: Any) -> np.ndarray:
     """int64 array of a list, array or tensor of integers; InputError for anything else."""
     if isinstance(value, Tensor):
+        if value.is_floating_point():  # numpy has no bfloat16 to say so itself
+            raise InputError(f"{name} must be integers, got dtype {value.dtype}")
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)

@@ -52,7 +52,8 @@ class Prompt:
         for the rows of the images in order, or whole rows [S, N+1] without placeholders.
     image_ids: rows of the placeholders in the model's own id space [n, N].
     pixel_values, image_grid_thw: instead of image_ids, the patches [P, 3, p, p] and grids
-        [images, 3] that the vision tokenizer encodes when the request is admitted.
+        [images, 3] that the vision tokenizer encodes when the request is admitted; numpy arrays
+        of them are taken too.
     """
 
     ids: Sequence[int] | np.ndarray | Tensor

@@ -61,6 +61,7 @@ BAD_PROMPTS: dict[str, tuple[object, str]] = {
     "too long": ([1] * 101, "max_model_len is 100"),
     "negative": ([1, -1], r"\[0, 896\)"),
     "beyond": ([1, 896], r"\[0, 896\)"),
+    "low precision": (torch.ones(2, dtype=torch.bfloat16), "must be integers"),
     "floats": ([1.5, 2.0], "must be integers"),
     "text": ("hello", "sequence of integers"),
     "ragged": ([[1, 2], [3]], "regular shape|must be integers"),
@@ -98,6 +99,7 @@ BAD_PROMPTS: dict[str, tuple[object, str]] = {
         Prompt([1, IMAGE], None, torch.full((4, 3, 14, 14), np.nan), torch.tensor([[1, 2, 2]])),
         "finite",
     ),
+    "patches in lists": (Prompt([1, IMAGE], None, [[0.0]], [[1, 2, 2]]), "a tensor or an array"),  # type: ignore[arg-type]
 }
 
 
@@ -169,6 +171,22 @@ def test_impossible_sampling_values_are_refused(make: Callable[[], object]) -> N
 def test_overrides_for_another_number_of_slots_are_refused(engine: Engine, path: Path) -> None:
     with pytest.raises(InputError, match="one entry for each of the 7 slots"):
         engine.add_request([1, 2], SamplingParams(visual=(SlotSampling(), None)))
+    assert_serves(engine, path)
+
+
+@pytest.mark.parametrize("name", ["sampling", "render"])
+def test_parameters_of_another_type_are_refused(engine: Engine, path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be"):
+        engine.add_request([1, 2], **{name: {"steps": 2}})  # type: ignore[arg-type]
+    assert_serves(engine, path)
+
+
+def test_patches_may_be_arrays(engine: Engine, path: Path) -> None:
+    pixels, grid = np.zeros((4, 3, 14, 14), dtype=np.float32), np.array([[1, 2, 2]])
+    arrays = Prompt([1, IMAGE], None, pixels, grid)  # type: ignore[arg-type]
+    tensors = Prompt([1, IMAGE], None, torch.from_numpy(pixels), torch.from_numpy(grid))
+    first, second = engine.generate([arrays, tensors], GREEDY)
+    np.testing.assert_array_equal(first.blocks, second.blocks)
     assert_serves(engine, path)
 
 

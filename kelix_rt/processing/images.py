@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -236,11 +235,9 @@ class ImageProcessor:
         Returns pixel_values float32 [N, 3, patch, patch], the images' patches one after another,
         and image_grid_thw int64 [n, 3]. Raises InputError for images that cannot be used.
         """
-        sources: list[ImageSource]
-        if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)):
-            sources = [images]
-        else:
-            sources = list(images)
+        single = isinstance(images, (str, bytes, bytearray, memoryview))
+        several = isinstance(images, Sequence) and not single
+        sources: list[Any] = [*images] if several else [images]  # type: ignore[misc]
         if not sources:
             raise InputError("preprocess: expected at least one image, got none")
         options: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels, "size": size}

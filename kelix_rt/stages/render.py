@@ -125,6 +125,9 @@ class RenderStage:
         config = self.dit.config
         rate = config.vae_downsample_rate
         given = params.latent
+        if given is not None and not (isinstance(given, Tensor) and given.is_floating_point()):
+            kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise InputError(f"latent must be a floating tensor, got {kind}")
         sides = [config.input_size * rate] * 2
         if given is not None and given.dim() == 4:
             sides = [side * rate for side in given.shape[2:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,9 @@ def test_bad_configs_are_named(tmp_path: Path, config: str, message: str) -> Non
     (tmp_path / "preprocessor_config.json").write_text(config)
     with pytest.raises(ConfigError, match=message):
         ImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", [None, 5, np.zeros((8, 8, 3), dtype=np.uint8)])
+def test_what_is_no_image_is_refused(source: Any) -> None:
+    with pytest.raises(InputError, match="expected a path"):
+        ImageProcessor().preprocess(source)

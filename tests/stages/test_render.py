@@ -126,6 +126,12 @@ def test_the_given_latent_is_not_changed(stage: RenderStage, data: dict[str, Ten
     assert torch.equal(before, data["latent0"])
 
 
+@pytest.mark.parametrize("latent", [np.zeros((1, 8, 4, 4)), "noise", torch.zeros(1, 8, 4, 4).int()])
+def test_a_latent_of_another_type_is_refused(stage: RenderStage, latent: Any) -> None:
+    with pytest.raises(InputError, match="latent must be a floating tensor"):
+        stage.latent_shape(RenderParams(latent=latent))
+
+
 def test_seeds(stage: RenderStage, data: dict[str, Tensor]) -> None:
     condition = data["cond_embeds"]
     first, again = (stage.start(condition, RenderParams(seed=7)) for _ in range(2))
