@@ -2,14 +2,46 @@
 // can run elsewhere, and never see torch.
 #pragma once
 
+#ifdef KELIX_SIMT
+#include "simt/cuda.h"  // tests/simt: the kernels run on a CPU
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "common/dtype.h"
+
+#ifndef KELIX_SIMT
+// Shared memory of a CTA: KELIX_SHARED(float, tile, [8][33]);
+#define KELIX_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+
+// The part whose size the launch decides.
+#define KELIX_DYNAMIC_SHARED(type, name)                                  \
+  extern __shared__ __align__(1024) unsigned char kelix_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(kelix_dynamic_shared)
+
+namespace kelix {
+
+// kernel<<<grid, block, dynamic_shared, stream>>>(arguments...)
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,
+                   void* stream, const Arguments&... arguments) {
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (dynamic_shared > kDefaultLimit) {
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(dynamic_shared));
+  }
+  kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+}
+
+}  // namespace kelix
+#endif
 
 namespace kelix {
 

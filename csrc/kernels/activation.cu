@@ -11,9 +11,8 @@ const char* silu_mul(const SiluMulArgs& args, void* stream) {
   const int64_t ctas =
       std::min<int64_t>((total + kActivationThreads - 1) / kActivationThreads, 65536);
   with_dtype(args.dtype, [&](auto type) {
-    silu_mul_kernel<decltype(type)>
-        <<<static_cast<unsigned>(ctas), kActivationThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    launch_kernel(silu_mul_kernel<decltype(type)>, static_cast<unsigned>(ctas), kActivationThreads,
+                  0, stream, args);
   });
   return launch_error();
 }

@@ -9,8 +9,7 @@ const char* rope_store_kv(const RopeStoreKvArgs& args, void* stream) {
   constexpr int64_t kWarps = kRopeThreads / kWarpSize;
   const auto ctas = static_cast<unsigned>((units + kWarps - 1) / kWarps);
   with_dtype(args.dtype, [&](auto type) {
-    rope_store_kv_kernel<decltype(type)>
-        <<<ctas, kRopeThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch_kernel(rope_store_kv_kernel<decltype(type)>, ctas, kRopeThreads, 0, stream, args);
   });
   return launch_error();
 }
@@ -23,7 +22,7 @@ void launch_paged_attention(const PagedAttentionArgs& args, cudaStream_t stream)
   const int64_t tiles = (group + kHeadTile - 1) / kHeadTile;
   const dim3 grid(static_cast<unsigned>(args.num_rows),
                   static_cast<unsigned>(args.num_kv_heads * tiles));
-  paged_attention_kernel<T, kPerLane><<<grid, kAttentionThreads, 0, stream>>>(args);
+  launch_kernel(paged_attention_kernel<T, kPerLane>, grid, kAttentionThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
   }
 
-  __shared__ float warp_max[kAttentionWarps][kHeadTile];
-  __shared__ float warp_norm[kAttentionWarps][kHeadTile];
-  __shared__ float warp_values[kAttentionWarps][kHeadTile][kPerLane * kWarpSize];
+  KELIX_SHARED(float, warp_max, [kAttentionWarps][kHeadTile]);
+  KELIX_SHARED(float, warp_norm, [kAttentionWarps][kHeadTile]);
+  KELIX_SHARED(float, warp_values, [kAttentionWarps][kHeadTile][kPerLane * kWarpSize]);
 #pragma unroll
   for (int h = 0; h < kHeadTile; ++h) {
     if (lane == 0) {

@@ -22,9 +22,9 @@ struct Launcher {
     const int64_t step = 16 / static_cast<int64_t>(sizeof(T));
     if (linear.in % step == 0 && linear.in % 4 == 0 && aligned(linear.weight) &&
         aligned(linear.x)) {
-      linear_kernel<T, kRows, true><<<grid, threads, 0, stream>>>(linear);
+      launch_kernel(linear_kernel<T, kRows, true>, grid, threads, 0, stream, linear);
     } else {
-      linear_kernel<T, kRows, false><<<grid, threads, 0, stream>>>(linear);
+      launch_kernel(linear_kernel<T, kRows, false>, grid, threads, 0, stream, linear);
     }
   }
 
@@ -39,8 +39,8 @@ struct Launcher {
   }
 
   void layer_norm(const T* weight, const T* bias) const {
-    decoder_layer_norm_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(
-        args.work.x, weight, bias, args.work.normed, args.d_model);
+    launch_kernel(decoder_layer_norm_kernel<T>, rows(), kDecoderThreads, 0, stream, args.work.x,
+                  weight, bias, args.work.normed, args.d_model);
   }
 
   void layer(int64_t index, int64_t slot) const {
@@ -52,13 +52,13 @@ struct Launcher {
     linear(weights + at.qkv_weight, weights + at.qkv_bias, nullptr, work.normed, nullptr, work.qkv,
            d, 3 * d);
     const dim3 heads(rows(), static_cast<unsigned>(args.num_heads));
-    slot_attention_kernel<<<heads, kWarpSize, 0, stream>>>(args, index, slot);
+    launch_kernel(slot_attention_kernel, heads, kWarpSize, 0, stream, args, index, slot);
     linear(weights + at.output_weight, weights + at.output_bias, nullptr, work.mixed, work.x,
            work.x, d, d);
     layer_norm(weights + at.mlp_norm_weight, weights + at.mlp_norm_bias);
     linear(weights + at.gate_up_weight, nullptr, nullptr, work.normed, nullptr, work.gate_up, d,
            2 * ffn);
-    decoder_silu_mul_kernel<<<rows(), kDecoderThreads, 0, stream>>>(args);
+    launch_kernel(decoder_silu_mul_kernel, rows(), kDecoderThreads, 0, stream, args);
     linear(weights + at.down_weight, nullptr, nullptr, work.activated, work.x, work.x, ffn, d);
   }
 
@@ -66,17 +66,17 @@ struct Launcher {
     const BlockDecoderLayout& at = args.layout;
     const BlockDecoderWorkspace& work = args.work;
     const int64_t d = args.d_model, wide = args.input_dim;
-    slot_input_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(args, slot);
+    launch_kernel(slot_input_kernel<T>, rows(), kDecoderThreads, 0, stream, args, slot);
     linear(packed(at.input_weight), packed(at.input_bias), packed(at.position + slot * d),
            work.input, nullptr, work.x, wide, d);
     for (int64_t index = 0; index < args.num_layers; ++index) layer(index, slot);
     linear(packed(at.final_weight), packed(at.final_bias), nullptr, work.x, work.input, work.output,
            d, wide);
-    head_norm_kernel<T><<<rows(), kDecoderThreads, 0, stream>>>(args);
+    launch_kernel(head_norm_kernel<T>, rows(), kDecoderThreads, 0, stream, args);
     const HeadSlice slice = head_slice(args, slot);
     linear(static_cast<const T*>(args.head) + slice.first * wide, nullptr, nullptr, work.output,
            nullptr, work.logits, wide, slice.width);
-    draw_slot_kernel<<<rows(), kDrawThreads, 0, stream>>>(args, slot);
+    launch_kernel(draw_slot_kernel, rows(), kDrawThreads, 0, stream, args, slot);
   }
 };
 

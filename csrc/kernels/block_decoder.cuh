@@ -96,7 +96,7 @@ template <class T>
 __global__ void __launch_bounds__(kDecoderThreads)
     decoder_layer_norm_kernel(const float* x, const T* weight, const T* bias, float* y,
                               int64_t cols) {
-  __shared__ float scratch[kDecoderThreads / kWarpSize];
+  KELIX_SHARED(float, scratch, [kDecoderThreads / kWarpSize]);
   x += blockIdx.x * cols;
   y += blockIdx.x * cols;
   float sum = 0;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kDecoderThreads)
 // The norm in front of the head, in place.
 template <class T>
 __global__ void __launch_bounds__(kDecoderThreads) head_norm_kernel(BlockDecoderArgs args) {
-  __shared__ float scratch[kDecoderThreads / kWarpSize];
+  KELIX_SHARED(float, scratch, [kDecoderThreads / kWarpSize]);
   const int64_t cols = args.input_dim;
   const T* weight = static_cast<const T*>(args.head_norm);
   float* x = args.work.output + blockIdx.x * cols;
@@ -175,7 +175,7 @@ static __global__ void __launch_bounds__(kDecoderThreads)
 // Draws the slot's id, and writes what the rest of the row is unless a later slot says otherwise.
 static __global__ void __launch_bounds__(kDrawThreads)
     draw_slot_kernel(BlockDecoderArgs args, int64_t slot) {
-  __shared__ DrawShared shared;
+  KELIX_SHARED(DrawShared, shared);
   const int64_t row = blockIdx.x, slots = args.num_codes + 1;
   int64_t* ids = args.ids + row * slots;
   float* logprobs = args.logprobs + row * slots;

@@ -107,7 +107,7 @@ __device__ __forceinline__ float code_score(float dot, float code_norm, float to
 
 template <class T>
 __global__ void __launch_bounds__(kCodesThreads) nearest_codes_kernel(NearestCodesArgs args) {
-  __shared__ __align__(16) CodesShared shared;
+  KELIX_SHARED(CodesShared, shared);
   const int64_t book = blockIdx.x % args.books;
   const int64_t first_token = blockIdx.x / args.books * kTokenTile;
   const int lane = threadIdx.x % kWarpSize;

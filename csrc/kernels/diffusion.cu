@@ -21,9 +21,8 @@ const char* modulate(const ModulateArgs& args, void* stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    modulate_kernel<decltype(type)>
-        <<<static_cast<unsigned>(rows), kDiffusionThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    launch_kernel(modulate_kernel<decltype(type)>, static_cast<unsigned>(rows), kDiffusionThreads,
+                  0, stream, args);
   });
   return launch_error();
 }
@@ -32,9 +31,8 @@ const char* gated_residual(const GatedResidualArgs& args, void* stream) {
   const int64_t total = args.batch * args.tokens * args.cols;
   if (total == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    gated_residual_kernel<decltype(type)>
-        <<<looping_ctas_for(total), kDiffusionThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    launch_kernel(gated_residual_kernel<decltype(type)>, looping_ctas_for(total), kDiffusionThreads,
+                  0, stream, args);
   });
   return launch_error();
 }
@@ -43,9 +41,8 @@ const char* euler_step(const EulerStepArgs& args, void* stream) {
   const int64_t total = args.batch * args.cols;
   if (total == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    euler_step_kernel<decltype(type)>
-        <<<looping_ctas_for(total), kDiffusionThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    launch_kernel(euler_step_kernel<decltype(type)>, looping_ctas_for(total), kDiffusionThreads, 0,
+                  stream, args);
   });
   return launch_error();
 }
@@ -60,13 +57,13 @@ const char* relu_linear_attention(const LinearAttentionArgs& args, void* stream)
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.q_norm != nullptr) {
-      linear_attention_scales_kernel<T>
-          <<<static_cast<unsigned>(rows * 2), kDiffusionThreads, 0, on>>>(args);
+      launch_kernel(linear_attention_scales_kernel<T>, static_cast<unsigned>(rows * 2),
+                    kDiffusionThreads, 0, on, args);
     }
-    linear_attention_state_kernel<T>
-        <<<static_cast<unsigned>(heads * pieces * pieces), kDiffusionThreads, 0, on>>>(args);
-    linear_attention_output_kernel<T>
-        <<<static_cast<unsigned>(heads * tiles * pieces), kDiffusionThreads, 0, on>>>(args);
+    launch_kernel(linear_attention_state_kernel<T>, static_cast<unsigned>(heads * pieces * pieces),
+                  kDiffusionThreads, 0, on, args);
+    launch_kernel(linear_attention_output_kernel<T>, static_cast<unsigned>(heads * tiles * pieces),
+                  kDiffusionThreads, 0, on, args);
   });
   return launch_error();
 }
@@ -76,8 +73,8 @@ const char* depthwise_glu(const DepthwiseGluArgs& args, void* stream) {
   const int64_t threads = args.batch * strips * args.width * args.channels;
   if (threads == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    depthwise_glu_kernel<decltype(type)>
-        <<<ctas_for(threads), kDiffusionThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch_kernel(depthwise_glu_kernel<decltype(type)>, ctas_for(threads), kDiffusionThreads, 0,
+                  stream, args);
   });
   return launch_error();
 }

@@ -13,7 +13,7 @@ inline constexpr int kDiffusionWarps = kDiffusionThreads / kWarpSize;
 // One CTA per row.
 template <class T>
 __global__ void __launch_bounds__(kDiffusionThreads) modulate_kernel(ModulateArgs args) {
-  __shared__ float scratch[kDiffusionWarps];
+  KELIX_SHARED(float, scratch, [kDiffusionWarps]);
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.cols;
   const T* shift = static_cast<const T*>(args.shift) + row / args.tokens * args.cols;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kDiffusionThreads) euler_step_kernel(EulerStep
 template <class T>
 __global__ void __launch_bounds__(kDiffusionThreads)
     linear_attention_scales_kernel(LinearAttentionArgs args) {
-  __shared__ float scratch[kDiffusionWarps];
+  KELIX_SHARED(float, scratch, [kDiffusionWarps]);
   const int64_t cols = args.heads * args.head_dim;
   const int64_t row = blockIdx.x / 2;
   const int part = blockIdx.x % 2;
@@ -127,8 +127,8 @@ __device__ void load_head_tile(const LinearAttentionArgs& args, int part, int64_
 template <class T>
 __global__ void __launch_bounds__(kDiffusionThreads)
     linear_attention_state_kernel(LinearAttentionArgs args) {
-  __shared__ float k[kTile][kTile + 1];
-  __shared__ float v[kTile][kTile + 1];
+  KELIX_SHARED(float, k, [kTile][kTile + 1]);
+  KELIX_SHARED(float, v, [kTile][kTile + 1]);
   const int64_t stride = args.stride;
   const int64_t pieces = stride / kTile;
   const int64_t head = blockIdx.x / (pieces * pieces);
@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(kDiffusionThreads)
 template <class T>
 __global__ void __launch_bounds__(kDiffusionThreads)
     linear_attention_output_kernel(LinearAttentionArgs args) {
-  __shared__ float q[kTile][kTile + 1];
-  __shared__ float state_tile[kTile][kTile + 1];
-  __shared__ float key_sum[kTile];
+  KELIX_SHARED(float, q, [kTile][kTile + 1]);
+  KELIX_SHARED(float, state_tile, [kTile][kTile + 1]);
+  KELIX_SHARED(float, key_sum, [kTile]);
   const int64_t stride = args.stride;
   const int64_t pieces = stride / kTile;
   const int64_t tiles = (args.tokens + kTile - 1) / kTile;

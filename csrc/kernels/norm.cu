@@ -6,8 +6,7 @@ namespace kelix::cuda {
 const char* rms_norm(const RmsNormArgs& args, void* stream) {
   if (args.rows == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    rms_norm_kernel<decltype(type)>
-        <<<args.rows, kNormThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch_kernel(rms_norm_kernel<decltype(type)>, args.rows, kNormThreads, 0, stream, args);
   });
   return launch_error();
 }
@@ -15,8 +14,7 @@ const char* rms_norm(const RmsNormArgs& args, void* stream) {
 const char* layer_norm(const LayerNormArgs& args, void* stream) {
   if (args.rows == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    layer_norm_kernel<decltype(type)>
-        <<<args.rows, kNormThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch_kernel(layer_norm_kernel<decltype(type)>, args.rows, kNormThreads, 0, stream, args);
   });
   return launch_error();
 }

@@ -10,7 +10,7 @@ inline constexpr int kNormThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
-  __shared__ float scratch[kNormThreads / kWarpSize];
+  KELIX_SHARED(float, scratch, [kNormThreads / kWarpSize]);
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * args.cols;
   const T* x = static_cast<const T*>(args.x) + offset;
   T* residual = args.residual != nullptr ? static_cast<T*>(args.residual) + offset : nullptr;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(LayerNormArgs args) {
-  __shared__ float scratch[kNormThreads / kWarpSize];
+  KELIX_SHARED(float, scratch, [kNormThreads / kWarpSize]);
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * args.cols;
   const T* x = static_cast<const T*>(args.x) + offset;
   const T* weight = static_cast<const T*>(args.weight);

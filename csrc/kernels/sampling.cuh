@@ -225,7 +225,7 @@ __device__ Drawn draw_row(const T* row, int64_t width, const DrawRule& rule, flo
 
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads) sample_blocks_kernel(SampleArgs args) {
-  __shared__ DrawShared shared;
+  KELIX_SHARED(DrawShared, shared);
   const int64_t r = blockIdx.x;
   const float* params = args.params + 4 * r;
   const DrawRule rule{params[0],     params[1],     params[2],     params[3],     args.seeds[r],

@@ -22,7 +22,7 @@ Tensor silu_mul(const Tensor& x) {
   Tensor y = new_tensor(sizes, input.scalar_type(), input);
   const SiluMulArgs args{data(input), y.mutable_data_ptr(), width > 0 ? input.numel() / width : 0,
                          width / 2, check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("silu_mul", input, silu_mul, args);
   } else {
     const auto kernel = KELIX_CPU(silu_mul);

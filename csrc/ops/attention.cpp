@@ -76,7 +76,7 @@ Tensor rope_store_kv(const Tensor& qkv, const std::optional<Tensor>& q_weight,
                              check["page"],
                              static_cast<float>(eps),
                              check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("rope_store_kv", input, rope_store_kv, args);
   } else {
     check_indices(check, args, check["max_pos"], check["P"]);
@@ -177,7 +177,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                                 check["page"],
                                 static_cast<float>(scale),
                                 check.storage_type()};
-  if (queries.is_cuda()) {
+  if (uses_cuda(queries)) {
     KELIX_LAUNCH_CUDA("paged_attention", queries, paged_attention, args);
   } else {
     const auto kernel = KELIX_CPU(paged_attention_tile);

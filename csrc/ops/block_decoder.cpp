@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
   FloatArena arena(static_cast<float*>(floats.mutable_data_ptr()));
   args.work = carve(arena, args);
   args.work.active = static_cast<int64_t*>(rows.mutable_data_ptr());
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("block_decode", input, block_decode, args);
   } else {
     KELIX_CPU(block_decode)(args, torch_parallel_for());

@@ -57,7 +57,7 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
                         static_cast<float>(eps),
                         reference,
                         check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("nearest_codes", input, nearest_codes, args);
     return indices;
   }
@@ -108,7 +108,7 @@ Tensor block_embed(const Tensor& ids, const Tensor& table, int64_t text_vocab, i
                             text_vocab,
                             block_end,
                             check.storage_type()};
-  if (rows.is_cuda()) {
+  if (uses_cuda(rows)) {
     KELIX_LAUNCH_CUDA("block_embed", rows, block_embed, args);
   } else {
     check_ids(check, args);

@@ -34,7 +34,7 @@ Tensor modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, doubl
   const ModulateArgs args{data(input),         data(shifts), data(scales), y.mutable_data_ptr(),
                           check["B"],          check["N"],   check["C"],   static_cast<float>(eps),
                           check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("modulate", input, modulate, args);
   } else {
     run_parallel(args.batch * args.tokens, row_grain(args.cols), KELIX_CPU(modulate), args);
@@ -55,7 +55,7 @@ void gated_residual(Tensor x, const Tensor& gate, const Tensor& y) {
   const Tensor addend = dense(y);
   const GatedResidualArgs args{x.mutable_data_ptr(), data(gates), data(addend),        check["B"],
                                check["N"],           check["C"],  check.storage_type()};
-  if (x.is_cuda()) {
+  if (uses_cuda(x)) {
     KELIX_LAUNCH_CUDA("gated_residual", x, gated_residual, args);
   } else {
     run_parallel(args.batch * args.tokens, row_grain(args.cols), KELIX_CPU(gated_residual), args);
@@ -124,7 +124,7 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
                                  static_cast<float>(eps),
                                  check.storage_type()};
   if (y.numel() == 0) return y;
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("relu_linear_attention", input, relu_linear_attention, args);
   } else {
     attend_on_cpu(args);
@@ -168,7 +168,7 @@ Tensor depthwise_glu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
                         activation(check, "gate_act", gate_act),
                         check.storage_type()};
   if (y.numel() == 0) return y;
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("depthwise_glu", input, depthwise_glu, args);
     return y;
   }
@@ -218,7 +218,7 @@ void euler_step(Tensor latent, const Tensor& velocity, const std::optional<Tenso
                            latent.size(0),
                            latent.numel() / latent.size(0),
                            check.storage_type()};
-  if (latent.is_cuda()) {
+  if (uses_cuda(latent)) {
     KELIX_LAUNCH_CUDA("euler_step", latent, euler_step, args);
   } else {
     run_parallel(latent.numel(), 65536, KELIX_CPU(euler_step), args);

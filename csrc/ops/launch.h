@@ -41,11 +41,21 @@ void check_launch(const char* op, const char* error);
 
 [[noreturn]] void throw_built_without_cuda(const char* op);
 
+// Whether the CUDA launchers take this tensor. In the build of tests/simt they run on the CPU.
+#ifdef KELIX_SIMT
+constexpr bool uses_cuda(const Tensor&) { return true; }
+#else
+inline bool uses_cuda(const Tensor& tensor) { return tensor.is_cuda(); }
+#endif
+
 }  // namespace kelix
 
 // Runs the CUDA launcher `function` of kelix::cuda on the current stream. Built without nvcc, it
 // says how to build with it: a CUDA tensor never falls back to something slow and silent.
-#ifdef KELIX_CUDA
+#if defined(KELIX_SIMT)
+#define KELIX_LAUNCH_CUDA(op, tensor, function, args) \
+  ::kelix::check_launch(op, ::kelix::cuda::function(args, nullptr))
+#elif defined(KELIX_CUDA)
 #define KELIX_LAUNCH_CUDA(op, tensor, function, args)                                          \
   do {                                                                                         \
     torch::stable::accelerator::DeviceGuard device_guard((tensor).get_device_index());         \

@@ -29,7 +29,7 @@ Tensor run_rms_norm(const char* op, const Tensor& x, std::optional<Tensor> resid
                          input.size(-1),
                          static_cast<float>(eps),
                          Check(op).storage(input, "x").storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA(op, input, rms_norm, args);
   } else {
     const auto kernel = KELIX_CPU(rms_norm);
@@ -80,7 +80,7 @@ Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
                            input.size(-1),
                            static_cast<float>(eps),
                            check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("layer_norm", input, layer_norm, args);
   } else {
     const auto kernel = KELIX_CPU(layer_norm);

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> sample_blocks(const Tensor& logits, const Tensor& par
                   first_id,
                   reference,
                   check.storage_type()};
-  if (input.is_cuda()) {
+  if (uses_cuda(input)) {
     Tensor workspace = new_tensor({rows, draw_workspace(cols)}, ScalarType::Float, input);
     args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     KELIX_LAUNCH_CUDA("sample_blocks", input, sample_blocks, args);

@@ -12,7 +12,12 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi.so"
 
 
 def load() -> None:
-    """Load the operator library; NativeError when it was never built or does not fit this torch."""
+    """Load the operator library; NativeError when it was never built or does not fit this torch.
+
+    Operators that torch.ops.load_library has already registered, from any file, stay as they are.
+    """
+    if hasattr(torch.ops.kelix, "build_info"):
+        return
     if not LIBRARY.exists():
         raise NativeError(
             f"kelix_rt: {LIBRARY.name} is not built; run `pip install -e .` or "
