@@ -1,0 +1,193 @@
+"""The training pictures as the later parts need them: codes and latents, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
+from kelix_rt.processing import ImageProcessor
+from kelix_rt.train.states import write_whole
+from kelix_rt.train.world import WORLD_VERSION, draw, make_scene
+from kelix_rt.train.world_scene import Scene
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class CodedPicture:
+    """A picture as the language model meets it: global ids int64 [T, N], grid (1, h, w) patches."""
+
+    ids: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PictureCodes:
+    """Codes of train pictures 0 .. count - 1.
+
+    drawn: int16 [count, T, N] at the side that drawings have. other: codes at one further side per
+    picture: side -> int16 [pictures with this side, T', N]; picture i has other_sides[i % len].
+    to_ids: codes [T, N] -> ids of the unified vocabulary.
+    """
+
+    drawn: Tensor
+    other: Mapping[int, Tensor]
+    side: int
+    patch: int
+    to_ids: Callable[[Tensor], Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of pictures."""
+        return len(self.drawn)
+
+    def drawing(self, index: int) -> CodedPicture:
+        """Picture `index` at the side that drawings have."""
+        return self._coded(self.drawn[index], self.side)
+
+    def seen(self, index: int, rng: random.Random) -> CodedPicture:
+        """Picture `index` at any side: a third of the time not the one of drawings."""
+        if not self.other or rng.random() < 2 / 3:
+            return self.drawing(index)
+        sides = list(self.other)
+        side = sides[index % len(sides)]
+        return self._coded(self.other[side][index // len(sides)], side)
+
+    def _coded(self, codes: Tensor, side: int) -> CodedPicture:
+        patches = side // self.patch
+        return CodedPicture(self.to_ids(codes.long()), (1, patches, patches))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One training scene with its coded pictures."""
+
+    scene: Scene
+    codes: PictureCodes
+    index: int
+
+    def drawing(self) -> CodedPicture:
+        """The picture at the side that drawings have."""
+        return self.codes.drawing(self.index)
+
+    def seen(self, rng: random.Random) -> CodedPicture:
+        """The picture at any side."""
+        return self.codes.seen(self.index, rng)
+
+
+def scene_of(index: int, seed: int) -> Scene:
+    """The scene of training picture `index`."""
+    return make_scene("train", index, seed)
+
+
+def encode_pictures(
+    tokenizer: VisionTokenizer,
+    images: ImageProcessor,
+    count: int,
+    side: int,
+    other_sides: tuple[int, ...],
+    vocab: int,
+    seed: int,
+    cache: Path,
+) -> PictureCodes:
+    """Codes of the first `count` train pictures, read from `cache` when it holds exactly them.
+
+    vocab: number of text ids, in front of the codes in the unified vocabulary.
+    The cache names the world, the pictures and the tokenizer's weights it was made with; another
+    one is replaced. Raises TrainingError when it cannot be written.
+    """
+    facts = {"side": side, "others": other_sides, "count": count, "seed": seed}
+
+    def make() -> dict[str, Tensor]:
+        found = {"drawn": _codes(tokenizer, images, range(count), side, seed)}
+        for number, other in enumerate(other_sides):
+            own = range(number, count, len(other_sides))
+            if own:
+                found[f"other.{other}"] = _codes(tokenizer, images, own, other, seed)
+        return found
+
+    stored = _cached(cache, facts, tokenizer, make)
+    other = {s: stored[f"other.{s}"] for s in other_sides if f"other.{s}" in stored}
+
+    def to_ids(codes: Tensor) -> Tensor:
+        return tokenizer.global_ids(codes, vocab).cpu()
+
+    return PictureCodes(stored["drawn"], other, side, images.patch_size, to_ids)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: Path) -> Tensor:
+    """Latents bfloat16 [count, C, h, w] of the train pictures, in the DiT's scale; cached."""
+    parameter = next(vae.parameters())
+
+    def make() -> dict[str, Tensor]:
+        parts = []
+        for indices in _batches(range(count)):
+            pixels = to_pixels([draw(scene_of(i, seed), side) for i in indices])
+            latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent
+            parts.append((latent.float() * vae.config.scaling_factor).bfloat16().cpu())
+        return {"latents": torch.cat(parts)}
+
+    return _cached(cache, {"side": side, "count": count, "seed": seed}, vae, make)["latents"]
+
+
+def to_pixels(pictures: list[object]) -> Tensor:
+    """RGB pictures of one size -> float32 [B, 3, H, W] in -1..1."""
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _codes(
+    tokenizer: VisionTokenizer, images: ImageProcessor, indices: range, side: int, seed: int
+) -> Tensor:
+    parts = []
+    for batch in _batches(indices):
+        patches = [images.patchify(draw(scene_of(i, seed), side)) for i in batch]
+        pixels, grids = zip(*patches, strict=True)
+        codes = tokenizer.encode(torch.cat(pixels), torch.cat(grids))
+        parts.append(codes.view(len(batch), -1, codes.shape[1]).to(torch.int16).cpu())
+    return torch.cat(parts)
+
+
+def _batches(indices: range) -> Iterator[range]:
+    return (indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH))
+
+
+def _cached(
+    cache: Path,
+    facts: Mapping[str, object],
+    model: nn.Module,
+    make: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    label = str({"world": WORLD_VERSION, "weights": fingerprint(model), **facts})
+    if cache.exists():
+        with safe_open(str(cache), framework="pt") as file:
+            if (file.metadata() or {}).get("made_of") == label:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(cache, save(made, {"made_of": label}))
+    return made
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short text that differs when any weight of the model does."""
+    digest = hashlib.sha256()
+    for tensor in (*model.parameters(), *model.buffers()):
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

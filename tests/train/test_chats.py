@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kelix_rt.train.chats import TASKS, completion_mask
+from kelix_rt.train.pictures import CodedPicture, PictureCodes, Subject, scene_of
+from tests.train import tiny
+
+START, PLACE, END, MARK, MARK_END = 356, 359, 357, 386, 387
+EOT, TURN, TURN_END = 347, 348, 349
+HEADER = [TURN, 77, 98]
+
+
+def picture() -> CodedPicture:
+    ids = torch.arange(8) * 32 + 640
+    return CodedPicture(ids.expand(4, 8).clone(), (1, 4, 4))
+
+
+def test_mask_of_a_hand_made_chat() -> None:
+    ids = [9, *HEADER, 5, 6, TURN_END, 98, 7, TURN, 72, 98, TURN_END, 98, *HEADER, 8, TURN_END, 98,
+           EOT]  # fmt: skip
+    counted = [i for i, flag in enumerate(completion_mask(ids, HEADER, TURN_END)) if flag]
+    assert counted == [4, 5, 6, 7, 17, 18, 19]
+
+
+def test_the_last_position_never_counts() -> None:
+    assert completion_mask([*HEADER, 5, TURN_END, 98], HEADER, TURN_END) == [
+        False, False, False, True, True, False,
+    ]  # fmt: skip
+    assert completion_mask([*HEADER, 5, 6], HEADER, TURN_END)[-2:] == [True, False]
+    assert completion_mask([], HEADER, TURN_END) == []
+
+
+def test_a_chat_with_a_picture() -> None:
+    chats = tiny.chats()
+    turns = [("user", chats.image + "Hello"), ("assistant", "you")]
+    document = chats.chat(turns, [picture()])
+    text = chats._text
+    row = [PLACE, PLACE]
+    marked = [[MARK, *text.encode(str(r)), MARK_END, *row] for r in range(2)]
+    system = text.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    answer = [*text.encode("you"), TURN_END, 98]
+    asked = [TURN, 72, 98, START, *marked[0], *marked[1], END, *text.encode("Hello"), TURN_END, 98]
+    assert document.ids == [*system, *asked, *HEADER, *answer, EOT]
+    first = len(document.ids) - 1 - len(answer)
+    assert [i for i, flag in enumerate(document.counted) if flag] == list(
+        range(first, first + len(answer))
+    )
+    assert torch.equal(document.codes, picture().ids)
+    bare = chats.chat(turns, [picture()], markers=False)
+    assert MARK not in bare.ids and bare.ids.count(PLACE) == 4
+
+
+def test_a_drawn_picture_counts_whole() -> None:
+    chats = tiny.chats()
+    document = chats.chat([("user", "Hello"), ("assistant", chats.image)], [picture()])
+    start, end = document.ids.index(START), document.ids.index(END)
+    assert all(document.counted[start : end + 3])  # and the end of the message, and the newline
+    assert not any(document.counted[:start]) and not any(document.counted[end + 3 :])
+
+
+def test_plain_text_counts_everywhere_but_at_the_start() -> None:
+    document = tiny.chats().plain("Hello you")
+    assert document.counted == [False] + [True] * (len(document.ids) - 1)
+    assert document.ids[-1] == EOT
+
+
+def test_pictures_must_have_places() -> None:
+    with pytest.raises(ValueError, match="2 pictures"):
+        chats = tiny.chats()
+        chats.plain(chats.image, [picture(), picture()])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_makes_a_document(name: str) -> None:
+    codes = PictureCodes(torch.zeros(1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640)
+    subject = Subject(scene_of(0, 0), codes, 0)
+    document = TASKS[name](tiny.chats(), subject, random.Random(0))
+    assert len(document.ids) == len(document.counted)
+    assert document.ids.count(PLACE) == len(document.codes)
+    assert any(document.counted)
+    assert (len(document.codes) > 0) == (name not in ("text", "told"))
+    again = TASKS[name](tiny.chats(), subject, random.Random(0))
+    assert document.ids == again.ids and document.counted == again.counted
+
+
+def test_markers_in_prompts_are_a_share() -> None:
+    subject = Subject(
+        scene_of(0, 0),
+        PictureCodes(torch.zeros(1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640),
+        0,
+    )
+    with_markers = [
+        MARK in TASKS["caption"](tiny.chats(share), subject, random.Random(i)).ids
+        for share in (0.0, 1.0)
+        for i in range(3)
+    ]
+    assert with_markers == [False] * 3 + [True] * 3

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kelix_rt.config import SanaConfig
+from kelix_rt.train.chats import drawing
+from kelix_rt.train.detokenizer import (
+    DetokenizerTrainer,
+    conditions,
+    flow_loss,
+    new_dit,
+    noise_levels,
+)
+from kelix_rt.train.language import pack
+from kelix_rt.train.recipe import Stage
+from tests.train import tiny
+
+CONFIG = SanaConfig(
+    input_size=2,
+    in_channels=4,
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    linear_head_dim=16,
+    caption_channels=24,
+    model_max_length=12,
+    qk_norm=True,
+    cross_norm=True,
+    use_connector=True,
+    connector_channels=64,
+)
+
+
+def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(size, 12, dtype=torch.int64)
+    mask[0, 9:] = 0
+    return (
+        torch.randn(size, 4, 2, 2, generator=generator),
+        torch.randn(size, 12, 64, generator=generator),
+        mask,
+    )
+
+
+def test_conditions_are_the_states_from_start_to_end(tmp_path: Path) -> None:
+    model, chats, pictures = tiny.model(), tiny.chats(), tiny.pictures(tmp_path)
+    documents = [drawing(chats, text, pictures.drawing(i)) for i, text in enumerate(("a", "b cd"))]
+    found, mask = conditions(model, documents, 12)
+    assert found.shape == (2, 12, 64) and mask.tolist() == [[1] * 12] * 2  # 2 + 2 x (3 + 2)
+    for row, document in enumerate(documents):
+        blocks = pack(model, [document]).blocks
+        with torch.no_grad():
+            states = model.hidden_states(blocks)[-1]
+        start, end = document.ids.index(356), document.ids.index(357)
+        torch.testing.assert_close(found[row], states[start : end + 1])
+
+
+def test_noise_levels_are_logit_normal_and_shifted() -> None:
+    torch.manual_seed(0)
+    sigma, time = noise_levels(20_000)
+    assert torch.equal(time, sigma * 1000)
+    quantiles = torch.quantile(time, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    assert quantiles == pytest.approx([364, 750, 939], abs=8)
+    assert float(sigma.min()) >= 0 and float(sigma.max()) <= 2.997 / 2.998 + 1e-6
+    assert len(time.unique()) <= 1000
+
+
+def test_a_new_dit_starts_without_condition() -> None:
+    dit = new_dit(CONFIG, "cpu", seed=0)
+    assert torch.equal(dit.connector_norm, torch.zeros(24))
+    assert not dit.y_embedding.requires_grad
+    latent, condition, mask = batch(2)
+    nn.init.normal_(dit.final.weight)
+    time = torch.tensor([500.0, 300.0])
+    with torch.no_grad():
+        out = dit.velocity(latent, time, condition, mask)
+        other = dit.velocity(latent, time, condition * 3 + 1, mask)
+    assert torch.equal(out, other)
+    assert torch.isfinite(out).all() and float(out.std()) > 0
+
+
+def test_the_velocity_of_a_fixed_batch_is_learned() -> None:
+    dit = new_dit(CONFIG, "cpu", seed=0)
+    latent, condition, mask = batch()
+    optimizer = torch.optim.AdamW([p for p in dit.parameters() if p.requires_grad], lr=3e-3)
+    values = []
+    for _ in range(150):
+        torch.manual_seed(0)  # the same noise, so the loss can fall to nothing
+        loss = flow_loss(dit, latent, condition, mask, dropout=0.0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[0] == pytest.approx(float(latent.square().mean()) + 1, rel=0.6)
+    assert values[-1] < 0.1 * values[0]
+    assert float(dit.connector_norm.detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_dropout_replaces_the_condition(dropout: float) -> None:
+    dit = new_dit(CONFIG, "cpu", seed=0)
+    nn.init.normal_(dit.final.weight)
+    nn.init.ones_(dit.connector_norm)
+    latent, condition, mask = batch()
+    losses = []
+    for own in (condition, condition * 3 + 1):
+        torch.manual_seed(1)
+        losses.append(float(flow_loss(dit, latent, own, mask, dropout)["loss"].detach()))
+    assert (losses[0] == losses[1]) == (dropout == 1.0)
+
+
+def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
+    stage = Stage(2, 1e-3, 1, 2)
+    recipe = tiny.replaced(detokenizer={"1": stage, "2": stage})
+    model, latents = tiny.model(), torch.randn(3, 4, 2, 2).bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dit = new_dit(CONFIG, "cpu", seed=0)
+    rows = dit.y_embedding.clone()
+    trainer = DetokenizerTrainer(
+        dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, recipe, tmp_path / "dit"
+    )
+    options: dict[str, Any] = {"log_every": 1, "save_every_seconds": 0.0}
+    first = trainer.run(["1"], **options)
+    second = trainer.run(["2"], **options)
+    assert first.checkpoint.name == "detokenizer-1.pt" and second.steps == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(dit.y_embedding, rows)
+    assert float(dit.final.weight.detach().abs().max()) > 0
