@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from kelix_rt.checkpoint import resolve
 from kelix_rt.config import KelixConfig, SanaConfig, TokenizerConfig, read_config
-from kelix_rt.errors import ConfigError
-
-_VAE_CLASS = "AutoencoderDC"
 
 
 def load(
@@ -37,15 +33,6 @@ def load(
         from kelix_rt.models.dit import KelixDiT
 
         return KelixDiT.from_pretrained(directory, device, dtype)
-    return _load_vae(directory, config, torch.device(device), dtype)
-
-
-def _load_vae(
-    directory: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype | None
-) -> nn.Module:
-    name = config["_class_name"]
-    if name != _VAE_CLASS:
-        raise ConfigError(f"load: _class_name must be {_VAE_CLASS}, got {name!r} in {directory}")
     from kelix_rt.models.vae import load_vae
 
     vae: nn.Module = load_vae(directory, device, dtype)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kelix_rt.errors import WeightError
+from kelix_rt.config import read_config
+from kelix_rt.errors import ConfigError
+from kelix_rt.weights import Checkpoint, Source, load_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -17,22 +19,20 @@ if TYPE_CHECKING:
 def load_vae(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderDC:
-    """The autoencoder of a local directory, in eval mode; dtype None is float32.
+    """The autoencoder of a local directory, in eval mode; dtype None keeps the stored one.
 
-    Raises WeightError when the checkpoint lacks tensors (diffusers would leave them random).
+    Raises ConfigError, or WeightError for tensors that are missing, misshapen or not finite.
     """
     from diffusers import AutoencoderDC
 
-    vae, report = AutoencoderDC.from_pretrained(
-        str(path),
-        torch_dtype=dtype,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    if report["missing_keys"]:
-        raise WeightError(f"{path}: the autoencoder lacks {sorted(report['missing_keys'])}")
-    return vae.to(device).eval().requires_grad_(False)
+    config = read_config(path)
+    if not isinstance(config, dict) or config["_class_name"] != AutoencoderDC.__name__:
+        raise ConfigError(f"load_vae: {path} must hold the config of an AutoencoderDC")
+    with torch.device("meta"):
+        vae = AutoencoderDC.from_config(config)
+    mapping = {name: Source((name,)) for name in vae.state_dict()}
+    load_weights(vae, Checkpoint(path), mapping, device=device, dtype=dtype)
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
