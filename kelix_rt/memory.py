@@ -6,7 +6,6 @@ read.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from kelix_rt.config import EngineConfig, KelixConfig, TokenizerConfig, read_con
 from kelix_rt.errors import CapacityError
 from kelix_rt.weights import float_dtype
 
+MEMINFO = Path("/proc/meminfo")
 WORKSPACE_TENSORS = 4  # activations of a step alive at once, in units of the widest one
 OUTPUT_HEAD = "model.model.output.weight"
 LM_HEAD = "lm_head.weight"
@@ -96,7 +96,11 @@ def available_bytes(device: torch.device) -> int:
     """Free memory of a device: of the GPU, or the machine's available main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Not sysconf's free pages: they leave out the file cache, which a checkpoint just filled.
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+    if found is None:
+        raise CapacityError(f"available_bytes: {MEMINFO} names no MemAvailable; pass num_pages")
+    return int(found[1]) * 1024
 
 
 def choose_pages(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kelix_rt import CapacityError, EngineConfig
+from kelix_rt import CapacityError, EngineConfig, memory
 from kelix_rt.config import KelixConfig, read_config
-from kelix_rt.memory import choose_pages, kv_bytes_per_block, max_positions, plan
+from kelix_rt.memory import available_bytes, choose_pages, kv_bytes_per_block, max_positions, plan
 from tests.engine_helpers import load_engine
 
 LANGUAGE = ("backbone", "embedding table", "output head", "block decoder")
@@ -91,3 +91,14 @@ def test_other_checkpoints_have_weights_only(golden: Path, part: str) -> None:
     planned = plan(golden / part)
     assert planned.num_pages == 0
     assert planned.total_bytes > 0
+
+
+def test_memory_that_the_file_cache_holds_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "meminfo"
+    info.write_text(
+        "MemTotal: 9000 kB\nMemFree:   10 kB\nMemAvailable:   4000 kB\nCached: 3990 kB\n"
+    )
+    monkeypatch.setattr(memory, "MEMINFO", info)
+    assert available_bytes(torch.device("cpu")) == 4000 * 1024
