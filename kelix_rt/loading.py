@@ -85,9 +85,12 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device: {device!r} is not a device: {error}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {device!r} needs a GPU and a torch built for it; use 'cpu'")
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

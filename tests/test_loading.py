@@ -33,6 +33,12 @@ def test_an_unknown_device_is_refused() -> None:
         choose_device("abacus")
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        choose_device("cuda:1")
+
+
 def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
     assert find_drawing(tmp_path, None, None) == (None, None)
     (tmp_path / "dit").mkdir()
