@@ -19,7 +19,7 @@ from torch import nn
 from kelix_rt.checkpoint import Checkpoint, resolve
 from kelix_rt.errors import WeightError
 
-__all__ = ["Checkpoint", "LoadReport", "Source", "load_weights", "resolve"]
+__all__ = ["Checkpoint", "LoadReport", "Source", "load_weights", "resolve", "split_weights"]
 
 _log = logging.getLogger(__name__)
 OnTensor = Callable[[str, int], None]
@@ -31,11 +31,14 @@ class Source:
 
     `rows` takes only these rows of each stored tensor (before joining); `reshape` is the shape the
     parameter has once joined, for layouts that differ without moving data (1x1 convolutions).
+    `parts` are the shapes of the stored tensors, where they are not equal slices of the parameter
+    along dim 0; `split_weights` needs them to undo the joining.
     """
 
     names: tuple[str, ...]
     rows: slice | None = None
     reshape: tuple[int, ...] | None = None
+    parts: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,27 @@ def load_weights(
         if on_tensor is not None:
             on_tensor(target.name, tensor.nbytes)
     return _report(checkpoint, prefix, set(wanted), unused, total)
+
+
+def split_weights(module: nn.Module, mapping: Mapping[str, Source]) -> dict[str, torch.Tensor]:
+    """The stored tensors that `load_weights` would make this module from: its inverse.
+
+    Tensors are copies. A table of which the module uses only the first rows comes back as those
+    rows. Raises WeightError where the mapping and the module differ.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for target in _targets(module, mapping):
+        source, tensor = target.source, target.meta.detach()
+        if source.rows is not None and source.rows.indices(len(tensor))[0] != 0:
+            raise WeightError(f"split_weights: {target.name} uses rows {source.rows} of its table")
+        count = len(source.names)
+        even = (tensor.shape[0] // count, *tensor.shape[1:])
+        flat = tensor.reshape(-1).split([_numel(s) for s in source.parts or [even] * count])
+        for name, part, shape in zip(
+            source.names, flat, source.parts or [even] * count, strict=True
+        ):
+            found[name] = part.reshape(shape).clone()
+    return found
 
 
 def require_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from torch import nn
 
 from kelix_rt.checkpoint import Checkpoint
 from kelix_rt.errors import WeightError
-from kelix_rt.weights import Source, load_weights
+from kelix_rt.models import dit_weights, language_weights, load, vision_weights
+from kelix_rt.models.dit import KelixDiT
+from kelix_rt.models.language_model import KelixLM
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
+from kelix_rt.weights import Source, load_weights, split_weights
 
 
 class Toy(nn.Module):
@@ -125,3 +130,49 @@ def test_mapping_must_cover_the_module(tmp_path: Path) -> None:
     partial = {name: source for name, source in MAP.items() if name != "flat"}
     with pytest.raises(WeightError, match=r"without source \['flat'\]"):
         load_weights(toy, checkpoint, partial)
+
+
+def test_splitting_undoes_loading(tmp_path: Path) -> None:
+    tensors = stored()
+    toy, checkpoint = make(tmp_path, tensors)
+    load_weights(toy, checkpoint, MAP)
+    parts = {
+        "qk.weight": ((1, 3), (3, 3)),
+        "qk.bias": ((1,), (3,)),
+        "flat": ((2, 3, 1, 2),),
+    }
+    table = {name: replace(source, parts=parts.get(name)) for name, source in MAP.items()}
+    with pytest.raises(WeightError, match=r"table uses rows slice\(1, 3"):
+        split_weights(toy, table)
+    table["table"] = Source(("big",), rows=slice(0, 2))
+    found = split_weights(toy, table)
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        expected = tensors[name] if name != "big" else tensors["big"][1:3]
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("part", ["llm/tiny_a", "llm/tiny_b", "dit/tiny_release", "dit/tiny_alt"])
+def test_released_layouts_come_back(golden: Path, part: str) -> None:
+    checkpoint, model = Checkpoint(golden / part), load(golden / part)
+    if isinstance(model, KelixLM):
+        model.visual_tokenizer = None
+        found = split_weights(model, language_weights.weight_map(model.config))
+    else:
+        assert isinstance(model, KelixDiT)
+        found = split_weights(model, dit_weights.weight_map(model.config))
+    assert len(found) > 40
+    for name, tensor in found.items():
+        expected = checkpoint.read(name)
+        assert torch.equal(tensor, expected[: len(tensor)]), name
+        assert tensor.shape == expected.shape or "position_embedding" in name
+
+
+def test_a_tokenizer_comes_back(golden: Path) -> None:
+    for part in ("tok_a", "tok_b"):
+        path = golden / "tokenizer" / part
+        model = VisionTokenizer.from_pretrained(path)
+        mapping = vision_weights.weight_map(model.config, model.up_projectors is not None)
+        checkpoint = Checkpoint(path, vision_weights.renames(""))
+        for name, tensor in split_weights(model, mapping).items():
+            assert torch.equal(tensor, checkpoint.read(name)), name

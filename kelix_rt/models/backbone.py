@@ -203,6 +203,8 @@ class Backbone(nn.Module):
 def weight_map(config: QwenConfig) -> dict[str, Source]:
     """Backbone tensors by parameter name; q|k|v and gate|up are fused along dim 0."""
     sources = {"norm": Source(("model.model.norm.scale",))}
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    projections = tuple((count * config.head_dim, config.embed_dim) for count in heads)
     for index in range(config.num_layers):
         stored, own = f"model.model.layers.{index}.", f"layers.{index}."
         attn = stored + "attn."
@@ -210,7 +212,7 @@ def weight_map(config: QwenConfig) -> dict[str, Source]:
             own + "sa_norm": Source((stored + "sa_norm.scale",)),
             own + "mlp_norm": Source((stored + "mlp_norm.scale",)),
             own + "attention.qkv.weight": Source(
-                tuple(f"{attn}{name}_proj.weight" for name in "qkv")
+                tuple(f"{attn}{name}_proj.weight" for name in "qkv"), parts=projections
             ),
             own + "attention.output.weight": Source((attn + "output_proj.weight",)),
             own + "gate_up.weight": Source((stored + "mlp.w1.weight", stored + "mlp.w3.weight")),

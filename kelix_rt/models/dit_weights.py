@@ -77,29 +77,37 @@ def _feed_forward(config: SanaConfig, target: str, stored: str) -> dict[str, Sou
         return _linear(f"{target}.fc1", f"{stored}.fc1") | _linear(f"{target}.fc2", f"{stored}.fc2")
     width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
 
-    def conv(name: str, *shape: int) -> Source:
-        return Source((f"{stored}.{name}",), reshape=shape)
+    def conv(name: str, rows: int, *shape: int, kernel: tuple[int, ...]) -> Source:
+        return Source((f"{stored}.{name}",), reshape=(rows, *shape), parts=((rows, *kernel),))
 
     return {
-        f"{target}.expand.weight": conv("inverted_conv.conv.weight", 2 * inner, width),
+        f"{target}.expand.weight": conv(
+            "inverted_conv.conv.weight", 2 * inner, width, kernel=(width, 1, 1)
+        ),
         f"{target}.expand.bias": Source((f"{stored}.inverted_conv.conv.bias",)),
-        f"{target}.depth_weight": conv("depth_conv.conv.weight", 2 * inner, 3, 3),
+        f"{target}.depth_weight": conv("depth_conv.conv.weight", 2 * inner, 3, 3, kernel=(1, 3, 3)),
         f"{target}.depth_bias": Source((f"{stored}.depth_conv.conv.bias",)),
-        f"{target}.point.weight": conv("point_conv.conv.weight", width, inner),
+        f"{target}.point.weight": conv(
+            "point_conv.conv.weight", width, inner, kernel=(inner, 1, 1)
+        ),
     }
 
 
 def weight_map(config: SanaConfig) -> dict[str, Source]:
     """Parameter of KelixDiT -> stored tensors: q|k|v and k|v fused, convolutions as matrices."""
+    kernel = (config.in_channels, config.patch_size, config.patch_size)
     patch = config.in_channels * config.patch_size**2
+    shapes = ((6, config.hidden_size),) * config.depth + ((2, config.hidden_size),)
     tables = tuple(f"blocks.{i}.scale_shift_table" for i in range(config.depth))
     table = {
         "x_embedder.weight": Source(
-            ("x_embedder.proj.weight",), reshape=(config.hidden_size, patch)
+            ("x_embedder.proj.weight",),
+            reshape=(config.hidden_size, patch),
+            parts=((config.hidden_size, *kernel),),
         ),
         "x_embedder.bias": Source(("x_embedder.proj.bias",)),
         "y_embedding": Source((CONDITION_ROWS,)),
-        "modulation_table": Source((*tables, "final_layer.scale_shift_table")),
+        "modulation_table": Source((*tables, "final_layer.scale_shift_table"), parts=shapes),
     }
     table |= _linear("time_in", "t_embedder.mlp.0") | _linear("time_out", "t_embedder.mlp.2")
     table |= _linear("time_modulation", "t_block.1")

@@ -46,16 +46,24 @@ def renames(prefix: str) -> Renames:
 def weight_map(config: TokenizerConfig, with_up_projectors: bool) -> dict[str, Source]:
     """Parameter of VisionTokenizer -> stored tensors: q|k|v fused, quantizers stacked."""
     vision, books = config.vision_config, range(config.n_q_tokens)
+    kernel = (vision.hidden_size, vision.num_channels, vision.patch_size, vision.patch_size)
     patch = vision.num_channels * vision.patch_size**2
     per_book = (config.n_q_tokens, config.code_dim)
+    vectors = ((config.code_dim,),) * config.n_q_tokens
     embeddings = "visual.embeddings"
     table = {
         "patch_embedding.weight": Source(
-            (f"{embeddings}.patch_embedding.weight",), reshape=(vision.hidden_size, patch)
+            (f"{embeddings}.patch_embedding.weight",),
+            reshape=(vision.hidden_size, patch),
+            parts=(kernel,),
         ),
         "patch_embedding.bias": Source((f"{embeddings}.patch_embedding.bias",)),
-        "z_weight": Source(tuple(f"quantizer.{i}.z_norm.weight" for i in books), reshape=per_book),
-        "z_bias": Source(tuple(f"quantizer.{i}.z_norm.bias" for i in books), reshape=per_book),
+        "z_weight": Source(
+            tuple(f"quantizer.{i}.z_norm.weight" for i in books), reshape=per_book, parts=vectors
+        ),
+        "z_bias": Source(
+            tuple(f"quantizer.{i}.z_norm.bias" for i in books), reshape=per_book, parts=vectors
+        ),
     }
     if vision.has_learnable_position_embedding:
         table["positions"] = Source((f"{embeddings}.position_embedding.weight",))
@@ -71,6 +79,7 @@ def weight_map(config: TokenizerConfig, with_up_projectors: bool) -> dict[str, S
         table["up_projectors"] = Source(
             tuple(f"up_projectors.{i}.weight" for i in books),
             reshape=(config.n_q_tokens, config.output_dim, config.code_dim),
+            parts=((config.output_dim, config.code_dim),) * config.n_q_tokens,
         )
     return table
 
