@@ -1,0 +1,36 @@
+"""Prompts and the pictures drawn for them, side by side on one picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+_COLUMNS = 4
+_LINES = 4
+_MARGIN = 8
+
+
+def contact_sheet(
+    prompts: Sequence[str], pictures: Sequence[Image.Image | None], side: int = 256
+) -> Image.Image:
+    """All pictures in rows of four at `side` pixels, each above its prompt; None is left gray."""
+    font = ImageFont.load_default()
+    height = int(font.getbbox("Xg")[3]) + 3
+    wide = max(1, (side - 4) // max(1, int(font.getlength("n"))))
+    cell = side + 2 * _MARGIN, side + _LINES * height + 2 * _MARGIN
+    rows = -(-len(prompts) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * cell[0], max(1, rows) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        x = number % _COLUMNS * cell[0] + _MARGIN
+        y = number // _COLUMNS * cell[1] + _MARGIN
+        if picture is None:
+            pen.rectangle((x, y, x + side, y + side), fill="lightgray")
+        else:
+            sheet.paste(picture.convert("RGB").resize((side, side)), (x, y))
+        lines = textwrap.wrap(prompt, wide)[:_LINES]
+        for line, text in enumerate(lines):
+            pen.text((x, y + side + 2 + line * height), text, fill="black", font=font)
+    return sheet
