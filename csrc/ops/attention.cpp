@@ -13,16 +13,20 @@
 namespace kelix {
 namespace {
 
+// Called per token and page: the texts are only made for an index that does not fit.
+void require_index(Check& check, const char* name, int64_t index, int64_t first, int64_t limit) {
+  if (index >= first && index < limit) return;
+  check.rule(false, name,
+             "must lie in [" + std::to_string(first) + ", " + std::to_string(limit) + ")",
+             std::to_string(index));
+}
+
 // Indices of a CPU call are checked here; on a GPU that would cost a synchronisation per layer.
 void check_indices(Check& check, const RopeStoreKvArgs& args, int64_t max_positions,
                    int64_t num_pages) {
   for (int64_t i = 0; i < args.num_tokens; ++i) {
-    check.rule(args.positions[i] >= 0 && args.positions[i] < max_positions, "positions",
-               "must lie in [0, " + std::to_string(max_positions) + ")",
-               std::to_string(args.positions[i]));
-    check.rule(args.slots[i] >= -1 && args.slots[i] < num_pages * args.page_size, "slots",
-               "must lie in [-1, " + std::to_string(num_pages * args.page_size) + ")",
-               std::to_string(args.slots[i]));
+    require_index(check, "positions", args.positions[i], 0, max_positions);
+    require_index(check, "slots", args.slots[i], -1, num_pages * args.page_size);
   }
 }
 
@@ -108,9 +112,8 @@ std::vector<AttentionTile> attention_tiles(Check& check, const PagedAttentionArg
                 " rows and fit its page table of " + std::to_string(args.max_pages) + " pages",
             std::to_string(context));
     for (int64_t page = 0; page * args.page_size < context; ++page) {
-      const int32_t id = args.page_table[request * args.max_pages + page];
-      check.rule(id >= 0 && id < num_pages, "page_table",
-                 "must lie in [0, " + std::to_string(num_pages) + ")", std::to_string(id));
+      require_index(check, "page_table", args.page_table[request * args.max_pages + page], 0,
+                    num_pages);
     }
     const int64_t queries = (end - begin) * group;
     for (int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {

@@ -86,14 +86,15 @@ Check& Check::shape(const Tensor& tensor, const char* name, std::initializer_lis
     fits = known == nullptr || *known == size;
     if (find(dim.name) == nullptr && !dim.name.empty()) fresh.emplace_back(dim.name, size);
   }
-  rule(fits, name, "must have shape " + wanted_text(dims), shape_text(tensor));
+  if (!fits) rule(false, name, "must have shape " + wanted_text(dims), shape_text(tensor));
   bound_.insert(bound_.end(), fresh.begin(), fresh.end());
   return device(tensor, name);
 }
 
 Check& Check::dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
-  return rule(tensor.scalar_type() == wanted, name, std::string("must be ") + dtype_text(wanted),
-              dtype_text(tensor.scalar_type()));
+  const ScalarType got = tensor.scalar_type();
+  if (got == wanted) return *this;
+  return rule(false, name, std::string("must be ") + dtype_text(wanted), dtype_text(got));
 }
 
 Check& Check::storage(const Tensor& tensor, const char* name) {
@@ -107,7 +108,8 @@ Check& Check::storage(const Tensor& tensor, const char* name) {
                     : got == ScalarType::BFloat16 ? DType::kBFloat16
                                                   : DType::kFloat16;
   }
-  return rule(got == *storage_scalar_, name,
+  if (got == *storage_scalar_) return *this;
+  return rule(false, name,
               std::string("must be ") + dtype_text(*storage_scalar_) + " like " + storage_owner_,
               dtype_text(got));
 }
@@ -118,12 +120,14 @@ Check& Check::device(const Tensor& tensor, const char* name) {
     device_ = got;
     device_owner_ = name;
   }
-  return rule(got == *device_, name,
-              "must be on " + device_text(*device_) + " like " + device_owner_, device_text(got));
+  if (got == *device_) return *this;
+  return rule(false, name, "must be on " + device_text(*device_) + " like " + device_owner_,
+              device_text(got));
 }
 
 Check& Check::contiguous(const Tensor& tensor, const char* name) {
-  return rule(tensor.is_contiguous(), name,
+  if (tensor.is_contiguous()) return *this;
+  return rule(false, name,
               "must be contiguous, it is used without a copy (call .contiguous() first)",
               "a strided view");
 }
