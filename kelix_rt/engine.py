@@ -155,7 +155,8 @@ class Engine(EngineCore):
         stage = self.runner.encode_stage()
         pixels, grid = self.images.preprocess(image, size=size)
         frames, rows, columns = grid[0].tolist()
-        return ImageCodes(stage.codes(pixels, grid), (frames, rows, columns))
+        codes = stage.codes(pixels, grid).clone()  # outside inference mode: free to be changed
+        return ImageCodes(codes, (frames, rows, columns))
 
     def reconstruct(
         self,

@@ -48,6 +48,13 @@ def test_a_checkpoint_without_dit_says_so(golden: Path) -> None:
     assert_idle(engine)
 
 
+def test_codes_of_an_image_are_the_callers_own(golden: Path) -> None:
+    engine = load_engine(golden / "llm" / "tiny_a")
+    codes = engine.encode_image(Image.new("RGB", (56, 56), "red")).codes
+    codes += 1  # a tensor made in inference mode would refuse
+    assert codes.shape == (4, 8)
+
+
 def test_position_markers_stand_in_front_of_every_image_row(golden: Path) -> None:
     engine = load_engine(golden / "llm" / "tiny_a", position_markers="{row},{cols}")
     picture = Image.new("RGB", (112, 84), "red")
