@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class Amounts:
     steps: int = 20
     cfg: float = 1.0
     seed: int = 0
+
+    def scaled(self, share: float) -> Amounts:
+        """A share of the samples, at least one of each kind."""
+        names = ("questioned", "drawn", "reconstructed", "encoded")
+        return replace(self, **{name: max(1, round(share * getattr(self, name))) for name in names})
 
 
 class Score:

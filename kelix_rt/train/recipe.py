@@ -1,7 +1,7 @@
 """All sizes, steps and rates of kelix-tiny in one place, and how they change with the budget.
 
-The stages are those of the Kelix report; there is one in front of them, the text warm-up: the
-report starts from a pretrained Qwen3, and none exists at this size.
+The stages are those of the Kelix report, with a warm-up in front of two parts: the report starts
+from a pretrained vision transformer and a pretrained Qwen3, and neither exists at this size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Sizes:
     books: int = 8
     codes_per_book: int = 128
     code_dim: int = 32
-    raw_code_dim: int = 64
     patch: int = 14
     side: int = 224
     other_sides: tuple[int, ...] = (168, 196)
@@ -122,6 +121,10 @@ class Recipe:
         pictures = max(16, round(self.pictures * min(1.0, budget)))
         return replace(self, pictures=pictures, **parts)
 
+    def seeded(self, seed: int) -> Recipe:
+        """The same recipe with another seed."""
+        return replace(self, seed=seed)
+
     def facts(self) -> dict[str, Any]:
         """What a checkpoint depends on besides its own stage, for `run_stage`."""
         return {"sizes": asdict(self.sizes), "pictures": self.pictures}
@@ -153,7 +156,8 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
 CPU = Recipe(
     autoencoder={"1": Stage(3000, 1e-3, 100, 8)},
     tokenizer={
-        "1": Stage(400, 2e-3, 50, 16),
+        "warmup": Stage(1500, 1.5e-3, 100, 16),
+        "1": Stage(300, 2e-3, 50, 16),
         "2": Stage(2200, 1e-3, 50, 16),
         "3": Stage(600, 3e-4, 1, 16),
     },
@@ -170,7 +174,8 @@ GPU = replace(
     pictures=60_000,
     autoencoder={"1": Stage(3500, 1.5e-3, 100, 64)},
     tokenizer={
-        "1": Stage(400, 2e-3, 50, 64),
+        "warmup": Stage(1500, 2e-3, 100, 64),
+        "1": Stage(300, 2e-3, 50, 64),
         "2": Stage(2600, 1.5e-3, 50, 64),
         "3": Stage(700, 4e-4, 1, 64),
     },
@@ -197,7 +202,7 @@ def tokenizer_config(sizes: Sizes) -> TokenizerConfig:
         vision_config=vision,
         codebook_size=sizes.codebook,
         embedding_dim=sizes.code_dim,
-        init_embedding_dim=sizes.raw_code_dim,
+        init_embedding_dim=sizes.width,
         llm_hidden_size=sizes.width,
         n_q_tokens=sizes.books,
         split_voc=sizes.books,
