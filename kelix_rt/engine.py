@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.core import EngineCore
+from kelix_rt.errors import InputError
 from kelix_rt.intake import reported_rows
 from kelix_rt.loading import load_parts
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
@@ -184,6 +185,8 @@ class Engine(EngineCore):
         Raises InputError or CapacityError, and runs nothing, when one of them cannot be served. A
         request that fails on the way gives an Output with finish_reason "error".
         """
+        if not isinstance(prompts, list | tuple):
+            raise InputError(f"generate: prompts must be a list, got a {type(prompts).__name__}")
         numbers: list[int] = []
         try:
             for prompt in prompts:

@@ -7,6 +7,7 @@ read.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kelix_rt.errors import CapacityError
 from kelix_rt.weights import float_dtype
 
 MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container its own group
 WORKSPACE_TENSORS = 4  # activations of a step alive at once, in units of the widest one
 OUTPUT_HEAD = "model.model.output.weight"
 LM_HEAD = "lm_head.weight"
@@ -100,7 +102,17 @@ def available_bytes(device: torch.device) -> int:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
     if found is None:
         raise CapacityError(f"available_bytes: {MEMINFO} names no MemAvailable; pass num_pages")
-    return int(found[1]) * 1024
+    return min(int(found[1]) * 1024, container_bytes())
+
+
+def container_bytes() -> int:
+    """What the control group of this process may still take, file cache it can drop included."""
+    limit = CGROUP / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return sys.maxsize
+    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    used = int((CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+    return max(0, int(limit.read_text()) - used)
 
 
 def choose_pages(

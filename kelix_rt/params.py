@@ -105,8 +105,9 @@ class SamplingParams:
             _check_integer(owner, "max_blocks", self.max_blocks, 1, 1 << 30)
         if self.seed is not None:
             _check_integer(owner, "seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
-        if not isinstance(self.stop_ids, tuple):
-            raise InputError(f"{owner}.stop_ids must be a tuple of ids, got {self.stop_ids!r}")
+        if not isinstance(self.stop_ids, tuple | list | set | frozenset):
+            raise InputError(f"{owner}.stop_ids must be a list of ids, got {self.stop_ids!r}")
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for stop in self.stop_ids:
             _check_integer(owner, "stop_ids", stop, 0, 1 << 31)
         if self.rule not in ("ancestral", "reference"):

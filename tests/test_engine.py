@@ -179,7 +179,7 @@ def test_stop_ids_end_a_request_but_not_in_the_first_block(golden: Path) -> None
     blocks = golden_blocks(path, "gen0")
     third = int(blocks[2, 0])
     for stops, count in (((int(blocks[0, 0]),), len(blocks)), ((third,), 3)):
-        sampling = SamplingParams(temperature=0.0, stop_ids=stops, max_blocks=49)
+        sampling = SamplingParams(temperature=0.0, stop_ids=list(stops), max_blocks=49)  # type: ignore[arg-type]
         output = engine.generate([prompt], sampling)[0]
         repeated = [i for i, first in enumerate(blocks[:, 0]) if i and first in stops]
         assert len(output.blocks) == (repeated[0] + 1 if repeated else count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +103,14 @@ def test_memory_that_the_file_cache_holds_is_available(
     )
     monkeypatch.setattr(memory, "MEMINFO", info)
     assert available_bytes(torch.device("cpu")) == 4000 * 1024
+
+
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.container_bytes() == sys.maxsize, "no control group"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.container_bytes() == sys.maxsize, "no limit"
+    (tmp_path / "memory.max").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 4000\ninactive_file 2500\n")
+    assert available_bytes(torch.device("cpu")) == 5500

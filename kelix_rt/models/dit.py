@@ -124,19 +124,23 @@ class KelixDiT(nn.Module):
     def velocity(
         self,
         latent: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | float,
         condition: Tensor,
         mask: Tensor | None = None,
         grid_length: int | None = None,
     ) -> Tensor:
         """One evaluation: latent [B, Cin, h, w] -> velocity (noise - clean) of the same shape.
 
-        timestep [B], truncated to integers; condition [B, L, K] or [B, 1, L, K]; mask [B, L] or
-        [B, 1, 1, L], non-zero = real. grid_length: see `prepare_condition`. The result has the
-        model's dtype. Raises InputError for shapes that do not fit and for empty conditions.
+        timestep [B], or one number for all, truncated to integers; condition [B, L, K] or
+        [B, 1, L, K]; mask [B, L] or [B, 1, 1, L], non-zero = real. grid_length: see
+        `prepare_condition`. The result has the model's dtype. Raises InputError for shapes that do
+        not fit and for empty conditions.
         """
         cache = self.prepare_condition(condition, mask, grid_length)
-        return self.forward_cached(latent, self.prepare_modulation(timestep), cache)
+        times = torch.as_tensor(timestep)
+        if times.dim() == 0:
+            times = times.repeat(latent.shape[0])
+        return self.forward_cached(latent, self.prepare_modulation(times), cache)
 
     def prepare_condition(
         self,

@@ -16,6 +16,7 @@ from kelix_rt.models.dit_blocks import LinearSelfAttention
 from kelix_rt.models.dit_condition import merge_conditions
 from kelix_rt.parity import dit as parity
 from kelix_rt.parity.report import failures
+from kelix_rt.testing import randn
 from tests.models.plain_dit import PlainDiT, diffusers_names, options, random_tensors, write
 
 LENGTHS = (9, 4)
@@ -293,3 +294,11 @@ def test_latent_must_fit_the_patches(tmp_path: Path) -> None:
     model, _ = build(tmp_path, config)
     with pytest.raises(InputError, match="patch_size 2"):
         model.velocity(*inputs(config, 5, 6))
+
+
+def test_one_timestep_serves_the_whole_batch(golden: Path) -> None:
+    dit = KelixDiT.from_pretrained(golden / "dit" / "tiny_release")
+    latent, condition = randn(2, 8, 8, 8), randn(2, 5, dit.condition_channels, seed=1)
+    each = dit.velocity(latent, torch.tensor([500.0, 500.0]), condition)
+    assert torch.equal(dit.velocity(latent, 500.0, condition), each)
+    assert torch.equal(dit.velocity(latent, torch.tensor(500.9), condition), each)
