@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Document:
     ids: list[int]
     codes: Tensor
     counted: list[bool]
+
+    def counting_all(self) -> Document:
+        """The same document with every position counted but the first, which nothing predicts."""
+        return replace(self, counted=[False] + [True] * (len(self.ids) - 1))
 
 
 def completion_mask(ids: Sequence[int], header: Sequence[int], message_end: int) -> list[bool]:
@@ -89,20 +93,25 @@ class ChatBuilder:
         self,
         turns: Sequence[tuple[str, str]],
         pictures: Sequence[CodedPicture] = (),
-        completion_only: bool = True,
         markers: bool = True,
     ) -> Document:
-        """A chat of (role, content) turns, content with `self.image` once per picture in order."""
+        """A chat of (role, content) turns, content with `self.image` once per picture in order.
+
+        Only the assistant's own words and pictures count.
+        """
         messages = [{"role": role, "content": content} for role, content in turns]
         ids = self._text.encode(self._text.render(messages, add_generation_prompt=False))
-        return self._document(ids, pictures, completion_only, markers)
+        document = self._document(ids, pictures, markers)
+        return replace(
+            document, counted=completion_mask(document.ids, self._header, self._message_end)
+        )
 
     def plain(self, text: str, pictures: Sequence[CodedPicture] = ()) -> Document:
         """Text (with `self.image` per picture) outside of any chat; every position counts."""
-        return self._document(self._text.encode(text), pictures, False, True)
+        return self._document(self._text.encode(text), pictures, True)
 
     def _document(
-        self, ids: list[int], pictures: Sequence[CodedPicture], completion_only: bool, markers: bool
+        self, ids: list[int], pictures: Sequence[CodedPicture], markers: bool
     ) -> Document:
         processor = self._marked if markers else self._bare
         remaining = iter(pictures)
@@ -115,13 +124,9 @@ class ChatBuilder:
         if next(remaining, None) is not None:
             raise ValueError(f"ChatBuilder: {len(pictures)} pictures for fewer places in the text")
         expanded.append(self._end_of_text)
-        counted = [True] * len(expanded)
-        if completion_only:
-            counted = completion_mask(expanded, self._header, self._message_end)
-        counted[0] = False
         rows = [picture.ids for picture in pictures]
         codes = torch.cat(rows) if rows else torch.empty(0, self._num_codes, dtype=torch.int64)
-        return Document(expanded, codes, counted)
+        return Document(expanded, codes, []).counting_all()
 
     def answers(
         self, picture: CodedPicture, asked: Sequence[Question], rng: random.Random

@@ -198,7 +198,8 @@ class LanguageTrainer:
         while sum(len(document.ids) for document in found) < stage.batch:
             index = rng.randrange(self.pictures.count)
             subject = Subject(scene_of(index, self.recipe.seed), self.pictures, index)
-            found.append(TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng))
+            document = TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng)
+            found.append(document if stage.completion_only else document.counting_all())
         return found
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:

@@ -66,6 +66,8 @@ def test_plain_text_counts_everywhere_but_at_the_start() -> None:
     document = tiny.chats().plain("Hello you")
     assert document.counted == [False] + [True] * (len(document.ids) - 1)
     assert document.ids[-1] == EOT
+    chat = tiny.chats().chat([("user", "Hello"), ("assistant", "you")])
+    assert chat.counting_all().counted == [False] + [True] * (len(chat.ids) - 1)
 
 
 def test_pictures_must_have_places() -> None:
