@@ -72,7 +72,7 @@ class VisionTokenizer(nn.Module):
             shape = (books[0], config.output_dim, books[1])
             self.up_projectors = nn.Parameter(torch.empty(shape))
         codes = torch.empty(books[0], config.codes_per_book, books[1])
-        self._set_codebooks(codes)
+        self.set_codebooks(codes)
 
     @classmethod
     def from_pretrained(
@@ -127,11 +127,12 @@ class VisionTokenizer(nn.Module):
             unused=UNUSED,
             on_tensor=on_tensor,
         )
-        self._set_codebooks(project_codebooks(self.config, checkpoint, prefix, device, dtype))
+        self.set_codebooks(project_codebooks(self.config, checkpoint, prefix, device, dtype))
         if on_tensor is not None:
             on_tensor("codebooks", self.codebooks.nbytes)
 
-    def _set_codebooks(self, codebooks: Tensor) -> None:
+    def set_codebooks(self, codebooks: Tensor) -> None:
+        """Sets the code vectors [N, K, code_dim], projected and normalised, and their norms."""
         norms = (ops.codebook_norms(codebooks, reference) for reference in (False, True))
         names = ("codebooks", "exact_norms", "reference_norms")
         for name, tensor in zip(names, (codebooks, *norms), strict=True):

@@ -1,0 +1,148 @@
+"""The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kelix_rt.errors import ConfigError
+from kelix_rt.train.loop import StageResult, run_stage
+from kelix_rt.train.pictures import scene_of, to_pixels
+from kelix_rt.train.recipe import Recipe, Sizes
+from kelix_rt.train.world import draw
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
+
+STAGES = ("1",)
+EDGE_WEIGHT = 0.5
+MEASURED = 64  # pictures the scale of the latents is measured on
+WIDEST, NARROWEST = 128, 16
+
+
+def new_autoencoder(sizes: Sizes, device: torch.device | str, seed: int) -> AutoencoderDC:
+    """A small AutoencoderDC of the recipe's compression and latent channels, random weights.
+
+    Raises ConfigError for a compression that is no power of two.
+    """
+    from diffusers import AutoencoderDC
+
+    levels = sizes.latent_rate.bit_length()
+    if 2 ** (levels - 1) != sizes.latent_rate:
+        raise ConfigError(f"latent_rate must be a power of two, got {sizes.latent_rate}")
+    # Twice as wide at each level; shortcuts of the levels need widths that divide each other.
+    widths = tuple(min(WIDEST, NARROWEST * 2**level) for level in range(levels))
+    # The finest level only resamples: a convolution over all pixels would cost more than the rest.
+    layers = (0, *[1] * (levels - 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderDC(
+            latent_channels=sizes.latent_channels,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=layers,
+            decoder_layers_per_block=layers,
+            encoder_qkv_multiscales=((),) * levels,
+            decoder_qkv_multiscales=((),) * levels,
+            scaling_factor=1.0,
+        )
+    return vae.to(device)
+
+
+def picture_loss(got: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """loss = l1 + 0.5 edges: mean absolute error of pixels, and of their differences.
+
+    Pixels [B, 3, H, W] in -1..1. The differences to the pixels right and below keep edges sharp.
+    """
+    error = (got - wanted).float()
+    across, down = error.diff(dim=3), error.diff(dim=2)
+    losses = {"l1": error.abs().mean(), "edges": across.abs().mean() + down.abs().mean()}
+    return {"loss": losses["l1"] + EDGE_WEIGHT * losses["edges"], **losses}
+
+
+@dataclass
+class AutoencoderTrainer:
+    """Everything the training needs. out: where the checkpoint goes."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device | str = "cpu"
+    vae: AutoencoderDC = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vae = new_autoencoder(self.recipe.sizes, self.device, self.recipe.seed)
+
+    def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
+        """Trains, then measures the scale of the latents.
+
+        options: further arguments of `run_stage`. Raises as `run_stage` does.
+        """
+        result = None
+        for name in stages:
+            result = self._run(name, options)
+        if result is None:
+            raise ValueError("AutoencoderTrainer.run: no stage was named")
+        return result
+
+    def batch(self, name: str, step: int) -> Tensor:
+        """Pictures [B, 3, H, W] float32 in -1..1 of step `step`."""
+        rng = random.Random(f"kelix autoencoder {self.recipe.seed} {name} {step}")
+        count = self.recipe.autoencoder[name].batch
+        return self._pictures([rng.randrange(self.recipe.pictures) for _ in range(count)])
+
+    def losses(self, pixels: Tensor) -> dict[str, Tensor]:
+        """`picture_loss` of pictures and what comes back of them."""
+        return picture_loss(self.vae.decode(self.vae.encode(pixels).latent).sample, pixels)
+
+    @torch.no_grad()
+    def set_scale(self) -> None:
+        """Sets the config's scaling_factor so that scaled latents have a standard deviation of 1.
+
+        The DiT's noise has that scale.
+        """
+        parts = [
+            self.vae.encode(self._pictures([i])).latent.float()
+            for i in range(min(MEASURED, self.recipe.pictures))
+        ]
+        self.vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
+
+    def export(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Writes the autoencoder as diffusers loads it; the trained one keeps its dtype."""
+        twin = new_autoencoder(self.recipe.sizes, "cpu", 0)
+        twin.load_state_dict(self.vae.state_dict())
+        twin.register_to_config(scaling_factor=self.vae.config.scaling_factor)
+        twin.to(dtype).save_pretrained(str(directory))
+
+    def _pictures(self, indices: Sequence[int]) -> Tensor:
+        side, seed = self.recipe.sizes.drawn_side, self.recipe.seed
+        return to_pixels([draw(scene_of(i, seed), side) for i in indices]).to(self.device)
+
+    def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
+        stage = self.recipe.autoencoder[name]
+        self.vae.requires_grad_(True).train()
+        result = run_stage(
+            f"autoencoder-{name}",
+            modules={"vae": self.vae},
+            parameters=self.vae.parameters(),
+            loss_fn=lambda step: self.losses(self.batch(name, step)),
+            steps=stage.steps,
+            lr=stage.lr,
+            warmup=stage.warmup,
+            lr_floor=stage.lr_floor,
+            out=self.out,
+            seed=self.recipe.seed,
+            device=self.device,
+            config=self.recipe.facts() | {"batch": stage.batch},
+            **options,
+        )
+        self.vae.requires_grad_(False).eval()
+        self.set_scale()
+        return result

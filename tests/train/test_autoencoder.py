@@ -1,0 +1,82 @@
+"""The autoencoder's recipe at the smallest size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kelix_rt.errors import ConfigError
+from kelix_rt.models import load
+from kelix_rt.models.vae import decode
+from kelix_rt.testing import randn
+from kelix_rt.train.autoencoder import AutoencoderTrainer, new_autoencoder, picture_loss
+from kelix_rt.train.recipe import CPU, Recipe, Sizes, Stage
+
+SIZES = Sizes(latent_channels=8, latent_rate=8, drawn_side=64)
+RECIPE: Recipe = replace(CPU, sizes=SIZES, pictures=4, autoencoder={"1": Stage(3, 2e-3, 1, 2)})
+
+
+@pytest.mark.parametrize("rate", [8, 16, 32])
+def test_compression_is_the_recipes(rate: int) -> None:
+    vae = new_autoencoder(replace(SIZES, latent_rate=rate), "cpu", 0)
+    with torch.no_grad():
+        latent = vae.encode(randn(1, 3, 64, 64)).latent
+        assert latent.shape == (1, 8, 64 // rate, 64 // rate)
+        assert vae.decode(latent).sample.shape == (1, 3, 64, 64)
+
+
+def test_a_seed_gives_its_weights_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = (new_autoencoder(SIZES, "cpu", 1).state_dict() for _ in range(2))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
+    made = AutoencoderTrainer(RECIPE, tmp_path)
+    pixels = made.batch("1", 0)
+    optimizer = torch.optim.AdamW(made.vae.parameters(), lr=2e-3)
+    seen = []
+    for _ in range(8):
+        losses = made.losses(pixels)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        seen.append(float(losses["loss"].detach()))
+    assert seen[-1] < 0.8 * seen[0]
+
+
+def test_loss_sees_pixels_and_edges() -> None:
+    flat, wanted = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    even = picture_loss(flat, wanted)
+    assert (float(even["l1"]), float(even["edges"])) == (0.5, 0.0)
+    wanted[..., 2:] = -0.5  # one edge between three pairs of columns
+    uneven = picture_loss(flat, wanted)
+    assert float(uneven["l1"]) == 0.5
+    assert float(uneven["edges"]) == pytest.approx(1 / 3)
+
+
+def test_run_resume_scale_and_export(tmp_path: Path) -> None:
+    made = AutoencoderTrainer(RECIPE, tmp_path / "whole")
+    made.run()
+    again = AutoencoderTrainer(RECIPE, tmp_path / "whole")
+    assert again.run().resumed_from == 3
+    assert again.vae.config.scaling_factor == pytest.approx(made.vae.config.scaling_factor)
+    with torch.no_grad():
+        latent = made.vae.encode(torch.cat([made._pictures([i]) for i in range(4)])).latent
+        latent = latent * made.vae.config.scaling_factor
+        assert float(latent.std()) == pytest.approx(1, abs=1e-3)
+        made.export(tmp_path / "vae", torch.float32)
+        loaded = load(tmp_path / "vae")
+        assert torch.equal(decode(loaded, latent), decode(made.vae, latent))
+    assert next(made.vae.parameters()).dtype == torch.float32
+
+
+def test_a_compression_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ConfigError, match="power of two, got 24"):
+        new_autoencoder(replace(SIZES, latent_rate=24), "cpu", 0)
