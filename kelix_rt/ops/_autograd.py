@@ -20,7 +20,8 @@ def differentiate(name: str, reference: Reference) -> None:
     """Registers the gradient of the operator `kelix::<name>`, whose formula is `reference`.
 
     Gradients reach every floating tensor among the inputs that requires them. They can be taken
-    once; a second derivative raises.
+    once; a second derivative raises. Under torch.autocast the operator runs in float32, as torch's
+    own norms do: its inputs would otherwise differ in dtype.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,3 +45,5 @@ def differentiate(name: str, reference: Reference) -> None:
         return tuple(grads)
 
     torch.library.register_autograd(f"kelix::{name}", backward, setup_context=setup_context)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"kelix::{name}", device, torch.float32)

@@ -203,6 +203,30 @@ def test_vision_tokenizer(tmp_path: Path, options: dict[str, Any]) -> None:
     assert_same_gradients(model, plain.state, vision_weights.weight_map(model.config, True), 1e-4)
 
 
+def test_mixed_precision(tmp_path: Path) -> None:
+    """Under autocast the models run, and their gradients stay near those of float32."""
+    config = toy.config_json()
+    lm = KelixLM.from_pretrained(toy.write(tmp_path / "lm", config, toy.random_state(config)))
+    settings = plain_dit.options()
+    tensors = plain_dit.random_tensors(settings)
+    dit = KelixDiT.from_pretrained(plain_dit.write(tmp_path / "dit", settings, tensors))
+    inputs = (randn(2, 4, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 5, 28))
+    calls = (
+        (lm.requires_grad_(True), lambda: lm.teacher_forced_logits(FIRST)),
+        (dit.requires_grad_(True), lambda: dit.velocity(*inputs)),
+    )
+    for model, call in calls:
+        parameters = [p for name, p in model.named_parameters() if name != "y_embedding"]
+        upstream = randn(*call().shape, seed=3)
+        exact = torch.autograd.grad((call() * upstream).sum(), parameters)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (call().float() * upstream).sum()
+        got = torch.autograd.grad(loss, parameters)
+        joined, wanted = (torch.cat([g.flatten() for g in grads]) for grads in (got, exact))
+        assert all(g.dtype == torch.float32 for g in got)
+        assert 0 < (joined - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_residual_helpers_write_in_place_only_without_gradients() -> None:
     x, y, weight, gate = randn(2, 3, 8), randn(2, 3, 8, seed=1), torch.ones(8), randn(2, 8, seed=2)
     calls = (
