@@ -1,0 +1,127 @@
+"""`python -m kelix_rt.train`: train kelix-tiny part by part or as a whole, and measure it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from kelix_rt.errors import ConfigError, KelixError
+from kelix_rt.loading import choose_device
+from kelix_rt.train.evaluate import Amounts, show
+from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
+from kelix_rt.train.recipe import CPU, GPU, Sizes
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints and logs.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+Budget = Annotated[
+    float, typer.Option(min=0.0, help="Share of the recipe's steps, to try things out.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, pictures and batches.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
+Stages = Annotated[
+    list[str] | None, typer.Option("--stage", help="Stages to train, in order; all when not given.")
+]
+OUT = Path("out/kelix-tiny")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+def pipeline(out: Path, device: str, budget: float, seed: int, threads: int) -> Pipeline:
+    """The run that the options describe: the recipe of the device, scaled."""
+    if threads:
+        torch.set_num_threads(threads)
+    target = choose_device(device)
+    if target.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    recipe = GPU if target.type == "cuda" else CPU
+    return Pipeline(recipe.scaled(budget).seeded(seed), out, target)
+
+
+def _trainer(part: str) -> None:
+    def command(
+        stage: Stages = None,
+        out: Out = OUT,
+        device: Device = "auto",
+        budget: Budget = 1.0,
+        seed: Seed = 0,
+        threads: Threads = 0,
+    ) -> None:
+        unknown = sorted(set(stage or ()) - set(STAGES[part]))
+        if unknown:
+            raise ConfigError(f"--stage of {part} must be one of {', '.join(STAGES[part])}, "
+                              f"got {', '.join(unknown)}")  # fmt: skip
+        pipeline(out, device, budget, seed, threads).train(part, stage)
+
+    command.__doc__ = f"Train the {part}: stages {', '.join(STAGES[part])}."
+    app.command(part)(command)
+
+
+for _part in STAGES:
+    _trainer(_part)
+
+
+@app.command()
+def export(
+    out: Out = OUT,
+    device: Device = "auto",
+    budget: Budget = 1.0,
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """Write the trained parts as one checkpoint in the released layout."""
+    run = pipeline(out, device, budget, seed, threads)
+    size = run.export()
+    Console().print(f"{run.checkpoint}: {size / 1e6:.1f} MB")
+
+
+@app.command("all")
+def everything(
+    out: Out = OUT,
+    device: Device = "auto",
+    budget: Budget = 1.0,
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """Train every part, export and evaluate. Resumes where it was interrupted."""
+    run = pipeline(out, device, budget, seed, threads)
+    run.train_all()
+    size = run.export()
+    Console().print(f"{run.checkpoint}: {size / 1e6:.1f} MB")
+    show(run.evaluate(Amounts(side=run.recipe.sizes.side, seed=seed).scaled(budget)), Console())
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A finished checkpoint.")] = OUT / "kelix-tiny",
+    out: Annotated[Path, typer.Option("--out", "-o")] = OUT / "evaluation",
+    device: Device = "auto",
+    amount: Annotated[float, typer.Option(min=0.0, help="Share of the test samples.")] = 1.0,
+    seed: Seed = 0,
+    marker: Annotated[
+        str, typer.Option(help="Template of the position markers in prompts.")
+    ] = Sizes().marker,
+    threads: Threads = 0,
+) -> None:
+    """Measure a checkpoint on the test split: a table, evaluation.json and a contact sheet."""
+    if threads:
+        torch.set_num_threads(threads)
+    amounts = Amounts(seed=seed).scaled(amount)
+    show(evaluate_folder(checkpoint, out, amounts, marker, choose_device(device)), Console())
+
+
+def main() -> None:
+    """Runs the command; errors made on purpose are one line and exit code 1."""
+    try:
+        app()
+    except KelixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

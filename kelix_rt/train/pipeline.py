@@ -1,0 +1,253 @@
+"""The parts of kelix-tiny in their order: what each needs, and where it lies in the output folder.
+
+text/         text tokenizer, chat template and image processor
+autoencoder/  tokenizer/  language/  detokenizer/    checkpoints and logs of the stages
+codes.safetensors, latents.safetensors               of the training pictures
+kelix-tiny/   the finished checkpoint        evaluation/   what it can do
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kelix_rt.config import KelixConfig
+from kelix_rt.engine import Engine
+from kelix_rt.models.language_model import KelixLM
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
+from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
+from kelix_rt.train import autoencoder as autoencoder_part
+from kelix_rt.train import detokenizer as detokenizer_part
+from kelix_rt.train import language as language_part
+from kelix_rt.train import tokenizer as tokenizer_part
+from kelix_rt.train.chats import ChatBuilder
+from kelix_rt.train.evaluate import Amounts, evaluate
+from kelix_rt.train.export import TrainedParts, export, require_checkpoint_world
+from kelix_rt.train.pictures import PictureCodes, encode_latents, encode_pictures
+from kelix_rt.train.recipe import Recipe, dit_config, language_config, tokenizer_config
+from kelix_rt.train.states import load_modules
+from kelix_rt.train.text_tokenizer import write_text_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
+
+NAME = "kelix-tiny"
+STAGES = {
+    "autoencoder": autoencoder_part.STAGES,
+    "tokenizer": tokenizer_part.STAGES,
+    "language": language_part.STAGES,
+    "detokenizer": detokenizer_part.STAGES,
+}
+
+
+@dataclass
+class Pipeline:
+    """One run of a recipe in one output folder. Parts are trained or loaded when first needed."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+
+    def train(self, part: str, stages: Sequence[str] | None = None, **options: Any) -> None:
+        """Trains stages of a part (None: all), each from the checkpoint of the one before.
+
+        options: further arguments of `run_stage`. Raises ConfigError where an earlier part or stage
+        is missing.
+        """
+        trainer: Any = getattr(self, f"_{part}_trainer")
+        trainer.run(STAGES[part] if stages is None else stages, **options)
+
+    def train_all(self, **options: Any) -> None:
+        """All stages of all parts; what is finished is only loaded."""
+        for part in STAGES:
+            self.train(part, **options)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the finished checkpoint lies."""
+        return self.out / NAME
+
+    def export(self) -> int:
+        """Writes the finished checkpoint; its size in bytes. ConfigError for a missing part."""
+        trainer = self._language_trainer
+        load_modules(
+            trainer.out / f"language-{language_part.STAGES[-1]}.pt", {"model": trainer.model}
+        )
+        dit = self._detokenizer_trainer.dit
+        folder = self._detokenizer_trainer.out
+        load_modules(folder / f"detokenizer-{detokenizer_part.STAGES[-1]}.pt", {"dit": dit})
+        parts = TrainedParts(
+            trainer.model,
+            self.tokenizer,
+            self._tokenizer_trainer.quantizer.stored(),
+            self.images,
+            self.text_folder,
+            dit,
+            self.vae,
+        )
+        return export(parts, self.checkpoint, model_card(self.recipe))
+
+    def evaluate(self, amounts: Amounts) -> dict[str, Any]:
+        """Measures the finished checkpoint; raises ConfigError when it is of another world."""
+        return evaluate_folder(
+            self.checkpoint, self.out / "evaluation", amounts, self.recipe.sizes.marker, self.device
+        )
+
+    @property
+    def text_folder(self) -> Path:
+        """Files of the text tokenizer; trained when they are not there."""
+        folder = self.out / "text"
+        if not (folder / "chat_template.jinja").is_file():  # the last file that is written
+            write_text_tokenizer(folder, self.recipe.sizes, self.recipe.seed)
+        return folder
+
+    @cached_property
+    def text(self) -> TextTokenizer:
+        """The text tokenizer."""
+        return TextTokenizer.from_pretrained(self.text_folder, vocab_size=self.recipe.sizes.vocab)
+
+    @cached_property
+    def images(self) -> ImageProcessor:
+        """The image processor."""
+        return ImageProcessor.from_pretrained(self.text_folder)
+
+    @cached_property
+    def config(self) -> KelixConfig:
+        """The language model's config."""
+        return language_config(self.recipe.sizes)
+
+    @cached_property
+    def chats(self) -> ChatBuilder:
+        """Scenes to chats."""
+        end = self.config.block_end
+        markers = PositionMarkers(end + 1, end + 2, self.recipe.sizes.marker)
+        processor = ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
+        return ChatBuilder(processor, self.config.qwen_config)
+
+    @cached_property
+    def vae(self) -> AutoencoderDC:
+        """The trained autoencoder."""
+        trainer = self._autoencoder_trainer
+        path = trainer.out / f"autoencoder-{autoencoder_part.STAGES[-1]}.pt"
+        load_modules(path, {"vae": trainer.vae})
+        trainer.set_scale()  # it is part of the config, not of the weights
+        return trainer.vae.eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> VisionTokenizer:
+        """The trained visual tokenizer with its codebooks."""
+        trainer = self._tokenizer_trainer
+        path = trainer.out / f"tokenizer-{tokenizer_part.STAGES[-1]}.pt"
+        load_modules(path, trainer.modules)
+        with torch.no_grad():
+            trainer.model.set_codebooks(trainer.quantizer.codebooks())
+        return trainer.model.eval().requires_grad_(False)
+
+    @cached_property
+    def pictures(self) -> PictureCodes:
+        """Codes of the training pictures by the trained tokenizer."""
+        sizes = self.recipe.sizes
+        return encode_pictures(
+            self.tokenizer, self.images, self.recipe.pictures, sizes.side, sizes.other_sides,
+            sizes.vocab, self.recipe.seed, self.out / "codes.safetensors",
+        )  # fmt: skip
+
+    @cached_property
+    def latents(self) -> torch.Tensor:
+        """Latents of the training pictures by the trained autoencoder."""
+        return encode_latents(
+            self.vae, self.recipe.pictures, self.recipe.sizes.drawn_side, self.recipe.seed,
+            self.out / "latents.safetensors",
+        )  # fmt: skip
+
+    @cached_property
+    def _autoencoder_trainer(self) -> autoencoder_part.AutoencoderTrainer:
+        return autoencoder_part.AutoencoderTrainer(
+            self.recipe, self.out / "autoencoder", self.device
+        )
+
+    @cached_property
+    def _tokenizer_trainer(self) -> tokenizer_part.TokenizerTrainer:
+        config = tokenizer_config(self.recipe.sizes)
+        return tokenizer_part.TokenizerTrainer(
+            self.recipe, config, self.text, self.images, self.out / "tokenizer", self.device
+        )
+
+    def _new_language_model(self) -> KelixLM:
+        return language_part.new_language_model(self.config, self.device, self.recipe.seed)
+
+    @cached_property
+    def _language_trainer(self) -> language_part.LanguageTrainer:
+        return language_part.LanguageTrainer(
+            self._new_language_model(), self.tokenizer, self.chats, self.pictures, self.recipe,
+            self.out / "language",
+        )  # fmt: skip
+
+    @cached_property
+    def _detokenizer_trainer(self) -> detokenizer_part.DetokenizerTrainer:
+        model = self._new_language_model()
+        path = self.out / "language" / f"language-{language_part.STAGES[-1]}.pt"
+        load_modules(path, {"model": model})
+        dit = detokenizer_part.new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
+        return detokenizer_part.DetokenizerTrainer(
+            dit, model.eval(), self.chats, self.pictures, self.latents, self.recipe,
+            self.out / "detokenizer",
+        )  # fmt: skip
+
+
+def evaluate_folder(
+    checkpoint: Path, out: Path, amounts: Amounts, marker: str, device: torch.device
+) -> dict[str, Any]:
+    """Measures a checkpoint directory. marker: template of the position markers of its training.
+
+    Raises ConfigError when it was trained on another version of the world.
+    """
+    require_checkpoint_world(checkpoint)
+    engine = Engine.from_pretrained(checkpoint, device=device, position_markers=marker)
+    return evaluate(engine, amounts, out)
+
+
+def model_card(recipe: Recipe) -> str:
+    """README.md of the checkpoint: what it is, how it was made, what it is not."""
+    sizes = recipe.sizes
+    rows = [
+        f"| {part} | {name} | {stage.steps} | {stage.batch} | {stage.lr:g} |"
+        for part in STAGES
+        for name, stage in getattr(recipe, part).items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "license: apache-2.0",
+            "library_name: kelix_rt",
+            "---",
+            f"# {NAME}",
+            "",
+            "A very small Kelix: it sees and draws the synthetic world of `kelix_rt.train.world` "
+            "(shapes, colours, counts, positions, short printed words) and nothing else. It has "
+            "the layout, the code paths and the commands of the released model; it says nothing "
+            "about that model's quality.",
+            "",
+            f"{sizes.books} sub-codebooks of {sizes.codes_per_book} codes, text vocabulary "
+            f"{sizes.vocab}, width {sizes.width}, {sizes.layers} layers, pictures of {sizes.side} "
+            f"pixels in ({sizes.tokens_per_side} x {sizes.tokens_per_side} codes) and "
+            f"{sizes.drawn_side} pixels out. Weights are bfloat16.",
+            "",
+            "Trained from nothing by `python -m kelix_rt.train all` on pictures drawn by a "
+            f"program, {recipe.pictures} of them, seed {recipe.seed}; no other data. The stages "
+            "are those of the Kelix report, with warm-ups in place of its pretrained vision "
+            "transformer and language model. `lm_head`, a copy of the head that inference never "
+            "reads, is left out. Position markers in prompts: the engine's option "
+            f'`position_markers="{sizes.marker}"`; prompts without them are understood too.',
+            "",
+            "| part | stage | steps | batch | peak rate |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
