@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import ConfigError
+from kelix_rt.train.ahead import Ahead, workers_for
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import scene_of, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
@@ -52,6 +53,7 @@ def new_autoencoder(sizes: Sizes, device: torch.device | str, seed: int) -> Auto
             decoder_layers_per_block=layers,
             encoder_qkv_multiscales=((),) * levels,
             decoder_qkv_multiscales=((),) * levels,
+            upsample_block_type="interpolate",  # as the release; a quarter of the other's weights
             scaling_factor=1.0,
         )
     return vae.to(device)
@@ -93,13 +95,14 @@ class AutoencoderTrainer:
         return result
 
     def batch(self, name: str, step: int) -> Tensor:
-        """Pictures [B, 3, H, W] float32 in -1..1 of step `step`."""
+        """Pictures [B, 3, H, W] float32 in -1..1 of step `step`, on the CPU."""
         rng = random.Random(f"kelix autoencoder {self.recipe.seed} {name} {step}")
         count = self.recipe.autoencoder[name].batch
         return self._pictures([rng.randrange(self.recipe.pictures) for _ in range(count)])
 
     def losses(self, pixels: Tensor) -> dict[str, Tensor]:
         """`picture_loss` of pictures and what comes back of them."""
+        pixels = pixels.to(self.device)
         return picture_loss(self.vae.decode(self.vae.encode(pixels).latent).sample, pixels)
 
     @torch.no_grad()
@@ -109,7 +112,7 @@ class AutoencoderTrainer:
         The DiT's noise has that scale.
         """
         parts = [
-            self.vae.encode(self._pictures([i])).latent.float()
+            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
             for i in range(min(MEASURED, self.recipe.pictures))
         ]
         self.vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
@@ -123,16 +126,17 @@ class AutoencoderTrainer:
 
     def _pictures(self, indices: Sequence[int]) -> Tensor:
         side, seed = self.recipe.sizes.drawn_side, self.recipe.seed
-        return to_pixels([draw(scene_of(i, seed), side) for i in indices]).to(self.device)
+        return to_pixels([draw(scene_of(i, seed), side) for i in indices])
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage = self.recipe.autoencoder[name]
         self.vae.requires_grad_(True).train()
+        batches = Ahead(lambda step: self.batch(name, step), stage.steps, workers_for(self.device))
         result = run_stage(
             f"autoencoder-{name}",
             modules={"vae": self.vae},
             parameters=self.vae.parameters(),
-            loss_fn=lambda step: self.losses(self.batch(name, step)),
+            loss_fn=lambda step: self.losses(batches(step)),
             steps=stage.steps,
             lr=stage.lr,
             warmup=stage.warmup,

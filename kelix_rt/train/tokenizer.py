@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kelix_rt.config import TokenizerConfig
+from kelix_rt.models.vision_layout import PatchLayout
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.models.vision_weights import weight_map
 from kelix_rt.processing import ImageProcessor, TextTokenizer
+from kelix_rt.train.ahead import Ahead, workers_for
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import scene_of
 from kelix_rt.train.quantizer import SimVQ, code_usage, fuse, normalise
@@ -47,10 +49,7 @@ TASKS = {"warmup": (3, True), "1": (0, True), "2": (4, True), "3": (5, False)}
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Pictures of one step: patches [n, 3, P, P], grids int64 [B, 3], and what is read from each.
-
-    pixels: float32 [T, 3 * (P / 2)^2 * 4], a token's own pixels at half resolution.
-    """
+    """Pictures of one step: patches [n, 3, P, P], grids int64 [B, 3], and what is read from each."""
 
     patches: Tensor
     grids: Tensor
@@ -157,7 +156,7 @@ class TokenizerTrainer:
         return result
 
     def batch(self, name: str, step: int) -> PictureBatch:
-        """What step `step` of a stage learns from: pictures of one size with their readings."""
+        """What step `step` learns from, on the CPU: pictures of one size with their readings."""
         rng = random.Random(f"kelix tokenizer {self.recipe.seed} {name} {step}")
         sizes = self.recipe.sizes
         side = rng.choice((sizes.side, *sizes.other_sides))
@@ -171,12 +170,13 @@ class TokenizerTrainer:
             readings.append(
                 read_scene(scene, self.text, self.end_id, rng, num_questions, with_caption)
             )
-        return PictureBatch(torch.cat(patches).to(self.device), torch.cat(grids), readings)
+        return PictureBatch(torch.cat(patches), torch.cat(grids), readings)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
         """loss = text (next token) + vq + pixels; without vq while `continuous`."""
-        layout = self.model.layout(batch.patches, batch.grids)
-        z = self.model.project(self._features(batch.patches, batch.grids))
+        patches = batch.patches.to(self.device)
+        layout = self.model.layout(patches, batch.grids)
+        z = self.model.project(self._features(patches, layout))
         losses = {}
         if continuous:
             vectors = normalise(z, self.model)
@@ -187,7 +187,7 @@ class TokenizerTrainer:
         fused = fuse(vectors, self.model)
         tokens = [length // 4 for length in layout.lengths]
         losses["text"] = self.reader(fused, tokens, batch.readings)
-        wanted = token_pixels(batch.patches, layout.merge_order)
+        wanted = token_pixels(patches, layout.merge_order)
         losses["pixels"] = self.pixels(fused, wanted)
         total = losses["text"] + PIXEL_WEIGHT * losses["pixels"] + losses.get("vq", 0.0)
         return {"loss": total, **losses}
@@ -227,11 +227,12 @@ class TokenizerTrainer:
         for module in modules.values():
             module.train()
         self._recent.clear()
+        batches = Ahead(lambda step: self.batch(name, step), stage.steps, workers_for(self.device))
         result = run_stage(
             f"tokenizer-{name}",
             modules=modules,
             parameters=[p for module in modules.values() for p in module.parameters()],
-            loss_fn=lambda step: self.losses(self.batch(name, step), name == CONTINUOUS),
+            loss_fn=lambda step: self.losses(batches(step), name == CONTINUOUS),
             steps=stage.steps,
             lr=stage.lr,
             warmup=stage.warmup,
@@ -272,7 +273,8 @@ class TokenizerTrainer:
         index = 0
         while sum(map(len, found)) < wanted:
             scene = scene_of(index % self.recipe.pictures, self.recipe.seed)
-            found.append(self._features(*self.patches(scene)))
+            patches, grid = self.patches(scene)
+            found.append(self._features(patches, self.model.layout(patches, grid)))
             index += 1
         return torch.cat(found)
 
@@ -281,8 +283,7 @@ class TokenizerTrainer:
         patches, grid = self.images.patchify(draw(scene, self.recipe.sizes.side))
         return patches.to(self.device), grid
 
-    def _features(self, patches: Tensor, grids: Tensor) -> Tensor:
-        layout = self.model.layout(patches, grids)
+    def _features(self, patches: Tensor, layout: PatchLayout) -> Tensor:
         hidden = self.model.encode_patches(self.model.embed_patches(patches, layout), layout)
         return self.model.merge(hidden, layout)
 
