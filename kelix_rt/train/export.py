@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kelix_rt.config import KelixConfig
+from kelix_rt.config import KelixConfig, TokenizerConfig
 from kelix_rt.errors import ConfigError
 from kelix_rt.models import dit_weights, language_weights, vision_weights
 from kelix_rt.models.dit import KelixDiT
@@ -104,6 +104,20 @@ def stored_language(parts: TrainedParts) -> dict[str, Tensor]:
         )
     own = split_weights(tokenizer, mapping) | dict(parts.codebooks)
     return tensors | {TOKENIZER_PREFIX + name: tensor for name, tensor in own.items()}
+
+
+def own_centres(config: TokenizerConfig, codebooks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Codebook tensors in which each quantizer stores only the centres it uses.
+
+    The release repeats the table of all centres in every quantizer; loaders take both, and here
+    the copies would be a tenth of the checkpoint.
+    """
+    size = config.codes_per_book
+    found = dict(codebooks)
+    for i in range(config.n_q_tokens):
+        name = f"quantizer.{i}.embedding.weight"
+        found[name] = codebooks[name][size * i : size * (i + 1)].contiguous()
+    return found
 
 
 def require_checkpoint_world(folder: Path) -> None:

@@ -27,7 +27,7 @@ from kelix_rt.train import language as language_part
 from kelix_rt.train import tokenizer as tokenizer_part
 from kelix_rt.train.chats import ChatBuilder
 from kelix_rt.train.evaluate import Amounts, evaluate
-from kelix_rt.train.export import TrainedParts, export, require_checkpoint_world
+from kelix_rt.train.export import TrainedParts, export, own_centres, require_checkpoint_world
 from kelix_rt.train.pictures import PictureCodes, encode_latents, encode_pictures
 from kelix_rt.train.recipe import Recipe, dit_config, language_config, tokenizer_config
 from kelix_rt.train.states import load_modules
@@ -84,7 +84,7 @@ class Pipeline:
         parts = TrainedParts(
             trainer.model,
             self.tokenizer,
-            self._tokenizer_trainer.quantizer.stored(),
+            own_centres(self.tokenizer.config, self._tokenizer_trainer.quantizer.stored()),
             self.images,
             self.text_folder,
             dit,

@@ -105,7 +105,7 @@ class Recipe:
     """The whole pipeline. pictures: train scenes that get codes and latents."""
 
     sizes: Sizes = Sizes()
-    pictures: int = 24_000
+    pictures: int = 16_000
     seed: int = 0
     autoencoder: Mapping[str, Stage] = field(default_factory=dict)
     tokenizer: Mapping[str, Stage] = field(default_factory=dict)
@@ -154,7 +154,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
 
 # Three hours on two CPU cores.
 CPU = Recipe(
-    autoencoder={"1": Stage(3000, 1e-3, 100, 8)},
+    autoencoder={"1": Stage(2400, 1.5e-3, 100, 4, lr_floor=0.05)},
     tokenizer={
         "warmup": Stage(1500, 1.5e-3, 100, 16),
         "1": Stage(300, 2e-3, 50, 16),
@@ -171,8 +171,8 @@ CPU = Recipe(
 # A quarter of an hour on one H100: larger batches, the same stages.
 GPU = replace(
     CPU,
-    pictures=60_000,
-    autoencoder={"1": Stage(3500, 1.5e-3, 100, 64)},
+    pictures=30_000,
+    autoencoder={"1": Stage(3500, 2e-3, 100, 32, lr_floor=0.05)},
     tokenizer={
         "warmup": Stage(1500, 2e-3, 100, 64),
         "1": Stage(300, 2e-3, 50, 64),

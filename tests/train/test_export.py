@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from kelix_rt.errors import ConfigError
 from kelix_rt.models import load, vision_weights
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.vae import load_vae
-from kelix_rt.train.export import TrainedParts, export, require_checkpoint_world, stored_language
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
+from kelix_rt.train.export import (
+    TrainedParts,
+    export,
+    own_centres,
+    require_checkpoint_world,
+    stored_language,
+)
 from tests.train import tiny
 
 
@@ -87,6 +95,16 @@ def test_codebooks_must_be_complete(golden: Path, tmp_path: Path) -> None:
     first = next(iter(made.codebooks))
     with pytest.raises(ConfigError, match="codebooks must hold"):
         stored_language(TrainedParts(**{**vars(made), "codebooks": {first: made.codebooks[first]}}))
+
+
+def test_own_centres_give_the_same_codebooks(golden: Path, tmp_path: Path) -> None:
+    made, small, large = parts(golden), tmp_path / "small", tmp_path / "large"
+    own = own_centres(made.tokenizer.config, made.codebooks)
+    assert own["quantizer.7.embedding.weight"].shape[0] == 32
+    assert export(made, large, "") > export(replace(made, codebooks=own), small, "")
+    books = [VisionTokenizer.from_pretrained(p, "visual_tokenizer.").codebooks
+             for p in (small, large)]  # fmt: skip
+    assert torch.equal(*books)
 
 
 def test_another_world_is_refused(golden: Path, tmp_path: Path) -> None:

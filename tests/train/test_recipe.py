@@ -8,7 +8,8 @@ import torch
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
-from kelix_rt.train import detokenizer, language
+from kelix_rt.train import autoencoder, detokenizer, language, tokenizer
+from kelix_rt.train.autoencoder import new_autoencoder
 from kelix_rt.train.chats import TASKS
 from kelix_rt.train.export import MAX_BYTES
 from kelix_rt.train.recipe import (
@@ -28,6 +29,8 @@ from kelix_rt.train.recipe import (
 def test_recipes_name_the_stages_and_tasks_there_are(recipe: Recipe) -> None:
     assert tuple(recipe.language) == language.STAGES
     assert tuple(recipe.detokenizer) == detokenizer.STAGES
+    assert tuple(recipe.tokenizer) == tokenizer.STAGES
+    assert tuple(recipe.autoencoder) == autoencoder.STAGES
     for part in PARTS:
         for stage in getattr(recipe, part).values():
             assert set(stage.tasks) <= set(TASKS)
@@ -45,7 +48,7 @@ def test_special_ids_lie_as_in_the_release() -> None:
     assert qwen.vocab_size - qwen.q_eos_token == 151936 - 151681
 
 
-def test_the_models_leave_room_for_the_autoencoder() -> None:
+def test_the_models_fit_the_largest_checkpoint() -> None:
     sizes = Sizes()
     with torch.device("meta"):
         models = (
@@ -53,9 +56,12 @@ def test_the_models_leave_room_for_the_autoencoder() -> None:
             VisionTokenizer(tokenizer_config(sizes)),
             KelixDiT(dit_config(sizes)),
         )
-    numbers = sum(p.numel() for model in models for p in model.parameters())
-    tables = sizes.books * sizes.codebook * sizes.width  # each quantizer stores all centres
-    assert 2 * (numbers + tables) < MAX_BYTES - 3_000_000
+    numbers = sum(p.numel() for model in (*models, new_autoencoder(sizes, "cpu", 0))
+                  for p in model.parameters())  # fmt: skip
+    centres = sizes.codebook * sizes.width
+    projections = sizes.books * sizes.code_dim * (sizes.width + 3)
+    text_files = 150_000
+    assert 2 * (numbers + centres + projections) + text_files < MAX_BYTES
 
 
 def test_a_condition_holds_a_whole_drawing() -> None:
