@@ -49,7 +49,7 @@ TASKS = {"warmup": (3, True), "1": (0, True), "2": (4, True), "3": (5, False)}
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Pictures of one step: patches [n, 3, P, P], grids int64 [B, 3], and what is read from each."""
+    """Pictures of a step: patches [n, 3, P, P], grids int64 [B, 3], what is read from each."""
 
     patches: Tensor
     grids: Tensor
