@@ -16,7 +16,7 @@ from kelix_rt.train.autoencoder import AutoencoderTrainer, new_autoencoder, pict
 from kelix_rt.train.recipe import CPU, Recipe, Sizes, Stage
 
 SIZES = Sizes(latent_channels=8, latent_rate=8, drawn_side=64)
-RECIPE: Recipe = replace(CPU, sizes=SIZES, pictures=4, autoencoder={"1": Stage(3, 2e-3, 1, 2)})
+RECIPE: Recipe = replace(CPU, sizes=SIZES, pictures=4, autoencoder={"1": Stage(3, 1e-3, 1, 2)})
 
 
 @pytest.mark.parametrize("rate", [8, 16, 32])
