@@ -154,7 +154,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
 
 # Three hours on two CPU cores.
 CPU = Recipe(
-    autoencoder={"1": Stage(2400, 1.5e-3, 100, 4, lr_floor=0.05)},
+    autoencoder={"1": Stage(2400, 1e-3, 100, 4, lr_floor=0.05)},
     tokenizer={
         "warmup": Stage(1500, 1.5e-3, 100, 16),
         "1": Stage(300, 2e-3, 50, 16),
@@ -172,7 +172,7 @@ CPU = Recipe(
 GPU = replace(
     CPU,
     pictures=30_000,
-    autoencoder={"1": Stage(3500, 2e-3, 100, 32, lr_floor=0.05)},
+    autoencoder={"1": Stage(3500, 1e-3, 100, 32, lr_floor=0.05)},
     tokenizer={
         "warmup": Stage(1500, 2e-3, 100, 64),
         "1": Stage(300, 2e-3, 50, 64),
