@@ -11,9 +11,6 @@
 namespace kelix {
 namespace {
 
-// Rows worth a thread of their own: about 16 k elements.
-int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
-
 template <class Kernel, class Args>
 void run_parallel(int64_t size, int64_t grain, Kernel kernel, const Args& args) {
   torch_parallel_for()(size, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

@@ -3,16 +3,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "kernels/norm.h"
 #include "ops/launch.h"
 
 namespace kelix {
 namespace {
-
-// Rows worth a thread of their own: about 16 k elements.
-int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
 
 int64_t row_count(const Tensor& x) { return x.size(-1) > 0 ? x.numel() / x.size(-1) : 0; }
 

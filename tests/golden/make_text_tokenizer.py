@@ -16,6 +16,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from kelix_rt.train.text_tokenizer import CHAT_TEMPLATE, NAMES, PATTERN
+
 VOCAB_SIZE = 640
 NUM_SPECIAL = 293
 FIRST_SPECIAL = VOCAB_SIZE - NUM_SPECIAL
@@ -32,33 +34,6 @@ PAIRS = (
     "Ġ h,Ġ l,i t,i s,a l,a r,o u,l e,s t,o w,l y,l l,in g,ti on,e l,r o,i c,a s,a t,u r,o m,c h,"
     "s h,i d,a d,e t,v e"
 )
-# How Qwen cuts text into words; digits stand alone.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-NAMED = {
-    0: "<|endoftext|>",
-    1: "<|im_start|>",
-    2: "<|im_end|>",
-    9: "<|vision_start|>",
-    10: "<|vision_end|>",
-    12: "<|image_pad|>",
-    38: "<|q_eos|>",
-    39: "<|pos_start|>",
-    40: "<|pos_end|>",
-}
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' %}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 PREPROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
     "do_convert_rgb": True,
@@ -78,7 +53,7 @@ PREPROCESSOR = {
 
 
 def special_tokens() -> list[str]:
-    return [NAMED.get(i, f"<|reserved_{i}|>") for i in range(NUM_SPECIAL)]
+    return [NAMES.get(i, f"<|reserved_{i}|>") for i in range(NUM_SPECIAL)]
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -110,7 +85,7 @@ def build() -> Tokenizer:
 
 def write(directory: Path) -> None:
     build().save(str(directory / "tokenizer.json"))
-    names = {"eos_token": NAMED[2], "pad_token": NAMED[0]}
+    names = {"eos_token": NAMES[2], "pad_token": NAMES[0]}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
