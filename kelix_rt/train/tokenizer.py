@@ -2,9 +2,9 @@
 
 The stages of the report: 1 aligns the quantizer (vision transformer and reader frozen), 2 trains
 everything on understanding, 3 anneals. In front of them stands a warm-up with continuous features,
-in place of the pretrained NaViT that K-means takes its features from. A second addition: a linear
-map of the fused embedding gives a token's pixels, because a transformer this small, trained this
-briefly, would otherwise learn little of what nobody asks about.
+in place of the pretrained NaViT that K-means takes its features from. A second addition: linear
+maps of the fused embedding give a token's pixels and name what lies there, because a transformer
+this small, trained this briefly, would otherwise learn to see too late.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kelix_rt.train.quantizer import SimVQ, code_usage, fuse, normalise
 from kelix_rt.train.reading import Reader, Reading, read_scene, reader_config
 from kelix_rt.train.recipe import Recipe
 from kelix_rt.train.states import load_modules, write_whole
+from kelix_rt.train.token_labels import LabelHead, token_labels
 from kelix_rt.train.world import Split, draw, make_scene
 from kelix_rt.train.world_scene import Scene
 from kelix_rt.weights import split_weights
@@ -42,17 +43,20 @@ CONTINUOUS = "warmup"  # the stage without a quantizer
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
 READER_LAYERS = 3
-PIXEL_WEIGHT = 1.0
 # Questions asked of a picture, and whether a caption follows.
 TASKS = {"warmup": (3, True), "1": (0, True), "2": (4, True), "3": (5, False)}
 
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Pictures of a step: patches [n, 3, P, P], grids int64 [B, 3], what is read from each."""
+    """Pictures of a step: patches [n, 3, P, P], grids int64 [B, 3], what is read from each.
+
+    labels: int64 [n / 4, 5], see `token_labels`.
+    """
 
     patches: Tensor
     grids: Tensor
+    labels: Tensor
     readings: Sequence[Reading]
 
 
@@ -82,7 +86,7 @@ def new_vision_tokenizer(
 
 
 class PixelHead(nn.Module):
-    """A token's pixels at half resolution, as a linear map of its fused embedding."""
+    """A token's pixels at half resolution, as a linear map of its scaled fused embedding."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
@@ -118,6 +122,7 @@ class TokenizerTrainer:
     quantizer: SimVQ = field(init=False)
     reader: Reader = field(init=False)
     pixels: PixelHead = field(init=False)
+    labels: LabelHead = field(init=False)
 
     def __post_init__(self) -> None:
         sizes, seed = self.recipe.sizes, self.recipe.seed
@@ -130,7 +135,9 @@ class TokenizerTrainer:
         self.reader = Reader(own, seed).to(self.device)
         patch = self.config.vision_config.patch_size
         self.pixels = PixelHead(self.config.output_dim, patch).to(self.device)
+        self.labels = LabelHead(self.config.output_dim).to(self.device)
         self._recent: list[Tensor] = []
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -140,6 +147,7 @@ class TokenizerTrainer:
             "quantizer": self.quantizer,
             "reader": self.reader,
             "pixels": self.pixels,
+            "labels": self.labels,
         }
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
@@ -161,19 +169,20 @@ class TokenizerTrainer:
         sizes = self.recipe.sizes
         side = rng.choice((sizes.side, *sizes.other_sides))
         num_questions, with_caption = TASKS[name]
-        patches, grids, readings = [], [], []
+        patches, grids, labels, readings = [], [], [], []
         for _ in range(self.recipe.tokenizer[name].batch):
             scene = scene_of(rng.randrange(self.recipe.pictures), self.recipe.seed)
             pixels, grid = self.images.patchify(draw(scene, side))
             patches.append(pixels)
             grids.append(grid)
+            labels.append(token_labels(scene, side // self.images.factor))
             readings.append(
                 read_scene(scene, self.text, self.end_id, rng, num_questions, with_caption)
             )
-        return PictureBatch(torch.cat(patches), torch.cat(grids), readings)
+        return PictureBatch(torch.cat(patches), torch.cat(grids), torch.cat(labels), readings)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
-        """loss = text (next token) + vq + pixels; without vq while `continuous`."""
+        """loss = text (next token) + labels + pixels + vq; without vq while `continuous`."""
         patches = batch.patches.to(self.device)
         layout = self.model.layout(patches, batch.grids)
         z = self.model.project(self._features(patches, layout))
@@ -188,9 +197,13 @@ class TokenizerTrainer:
         tokens = [length // 4 for length in layout.lengths]
         losses["text"] = self.reader(fused, tokens, batch.readings)
         wanted = token_pixels(patches, layout.merge_order)
-        losses["pixels"] = self.pixels(fused, wanted)
-        total = losses["text"] + PIXEL_WEIGHT * losses["pixels"] + losses.get("vq", 0.0)
-        return {"loss": total, **losses}
+        # Fused embeddings start as small as text's; linear heads learn from inputs around 1.
+        scaled = F.rms_norm(fused, fused.shape[1:])
+        losses["pixels"] = self.pixels(scaled, wanted)
+        labels = batch.labels.to(self.device)
+        losses["labels"] = self.labels(scaled, labels)
+        self._latest = scaled.detach(), labels
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @torch.no_grad()
     def codes(self, pictures: int, split: Split = "val") -> Tensor:
@@ -241,7 +254,7 @@ class TokenizerTrainer:
             seed=self.recipe.seed,
             device=self.device,
             config=self.recipe.facts() | {"batch": stage.batch},
-            on_log=self._usage,
+            on_log=self._measures,
             **options,
         )
         for module in modules.values():
@@ -287,10 +300,12 @@ class TokenizerTrainer:
         hidden = self.model.encode_patches(self.model.embed_patches(patches, layout), layout)
         return self.model.merge(hidden, layout)
 
-    def _usage(self, step: int) -> dict[str, float]:
-        """Least utilisation and perplexity among the sub-codebooks since the last logged step."""
-        if not self._recent:
-            return {}
-        used, perplexity = code_usage(torch.cat(self._recent), self.config.codes_per_book)
-        self._recent.clear()
-        return {"utilisation": float(used.min()), "perplexity": float(perplexity.min())}
+    def _measures(self, step: int) -> dict[str, float]:
+        """Share of labels right in the last batch; least utilisation and perplexity among the
+        sub-codebooks since the last logged step."""
+        found = {} if self._latest is None else self.labels.right(*self._latest)
+        if self._recent:
+            used, perplexity = code_usage(torch.cat(self._recent), self.config.codes_per_book)
+            self._recent.clear()
+            found |= {"utilisation": float(used.min()), "perplexity": float(perplexity.min())}
+        return found
