@@ -63,7 +63,7 @@ def engine(golden: Path, model: Path) -> Engine:
 
 
 def test_chat_streams_the_answer(kelix, model: Path, engine: Engine) -> None:
-    result = kelix("chat", model, "Hello", "--seed", 5, "--max-blocks", 20, "--device", "cpu")
+    result = kelix("chat", "Hello", "-m", model, "--seed", 5, "--max-blocks", 20, "--device", "cpu")
     expected = engine.chat(
         [{"role": "user", "content": "Hello"}], SamplingParams(seed=5, max_blocks=20)
     )
@@ -74,7 +74,7 @@ def test_chat_streams_the_answer(kelix, model: Path, engine: Engine) -> None:
 
 def test_chat_as_json_is_one_object_with_the_raw_text(kelix, model: Path, engine: Engine) -> None:
     args = ["--image", PHOTO, "--system", "Be brief", "--temperature", 0, "--max-blocks", 30]
-    result = kelix("chat", model, "What is this?", *args, "--json")
+    result = kelix("chat", "What is this?", "-m", model, *args, "--json")
     content = [{"type": "image", "image": PHOTO}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": content}]
     expected = engine.chat(messages, SamplingParams(temperature=0.0, max_blocks=30))
@@ -91,7 +91,7 @@ def test_draw_writes_the_image_the_engine_draws(
 ) -> None:
     out = tmp_path / "circle.png"
     args = ["--seed", 3, "--cfg", 1.5, "--size", "96x64", "--json"]
-    result = kelix("draw", model, "a red circle", "-o", out, *drawing, *args)
+    result = kelix("draw", "a red circle", "-m", model, "-o", out, *drawing, *args)
     render = RenderParams(height=64, width=96, steps=3, cfg=1.5, seed=3)
     expected = engine.generate_image("a red circle", render=render)
     assert result.code == 0
@@ -105,7 +105,7 @@ def test_draw_without_a_dit_reads_no_weight(
     kelix, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    result = kelix("draw", model, "a red circle", "-o", tmp_path / "x.png")
+    result = kelix("draw", "a red circle", "-m", model, "-o", tmp_path / "x.png")
     assert result.code == 2
     assert "pass --dit and --vae" in result.err
 
@@ -114,7 +114,9 @@ def test_reconstruct_draws_the_photo_from_its_codes(
     kelix, model: Path, drawing: tuple[str, ...], engine: Engine, tmp_path: Path
 ) -> None:
     out = tmp_path / "again.png"
-    result = kelix("reconstruct", model, PHOTO, "-o", out, *drawing, "--seed", 3, "--size", "84x56")
+    result = kelix(
+        "reconstruct", PHOTO, "-m", model, "-o", out, *drawing, "--seed", 3, "--size", "84x56"
+    )
     expected = engine.reconstruct(PHOTO, size=(56, 84), render=RenderParams(steps=3, seed=3))
     assert result.code == 0
     assert result.out.startswith(str(out))
@@ -126,18 +128,20 @@ def test_encode_prints_and_saves_the_codes(
 ) -> None:
     expected = engine.encode_image(PHOTO)
     codes = expected.codes.numpy()
-    table = kelix("encode", model, PHOTO, "-o", tmp_path / "codes.npy")
+    table = kelix("encode", PHOTO, "-m", model, "-o", tmp_path / "codes.npy")
     assert table.code == 0
     assert f"{len(codes)} blocks of 8 codes" in table.out
     assert table.out.splitlines()[2].split() == ["0", *map(str, codes[0])]
     assert np.array_equal(np.load(tmp_path / "codes.npy"), codes)
-    found = json.loads(kelix("encode", model, PHOTO, "-o", tmp_path / "c.json", "--json").out)
+    found = json.loads(kelix("encode", PHOTO, "-m", model, "-o", tmp_path / "c.json", "--json").out)
     assert found == {"grid": list(expected.grid), "codes": codes.tolist()}
     assert json.loads((tmp_path / "c.json").read_text()) == found
 
 
 def test_encode_takes_a_vision_tokenizer_alone(kelix, golden: Path) -> None:
-    result = kelix("encode", golden / "tokenizer" / "tok_a", PHOTO, "--size", "112x84", "--json")
+    result = kelix(
+        "encode", PHOTO, "-m", golden / "tokenizer" / "tok_a", "--size", "112x84", "--json"
+    )
     found = json.loads(result.out)
     assert found["grid"] == [1, 6, 8]
     assert np.shape(found["codes"]) == (12, 8)
@@ -146,19 +150,22 @@ def test_encode_takes_a_vision_tokenizer_alone(kelix, golden: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["chat", "no-such-model", "Hello"], "neither an existing path nor a hub id"),
-        (["chat", "{model}", "Hello", "--temperature", "-1"], "temperature must be a number"),
-        (["chat", "{model}", "Hello", "--image", "nowhere.jpg"], "there is no file nowhere.jpg"),
-        (["chat", "{model}", "Hello", "--dtype", "int8"], "dtype must be 'auto' or one of"),
-        (["chat", "{model}", "Hello", "--device", "abacus"], "'abacus' is not a device"),
-        (["chat", "{model}", " "], "is empty"),
-        (["draw", "{model}", "x", "-o", "x.gif"], "--out must end in .png"),
-        (["draw", "{model}", "x", "-o", "/no/such/place/x.png"], "there is no directory"),
-        (["draw", "{model}", "x", "--size", "64x"], "--size must be WIDTHxHEIGHT"),
-        (["draw", "{model}", "x", "--steps", "0"], "RenderParams.steps"),
-        (["encode", "{model}", "nowhere.jpg"], "there is no file nowhere.jpg"),
+        (["chat", "Hello", "-m", "no-such-model"], "neither an existing path nor a hub id"),
+        (["chat", "Hello", "-m", "{model}", "--temperature", "-1"], "temperature must be a number"),
         (
-            ["encode", "{golden}/e2e_dit/dit", "nowhere.jpg"],
+            ["chat", "Hello", "-m", "{model}", "--image", "nowhere.jpg"],
+            "there is no file nowhere.jpg",
+        ),
+        (["chat", "Hello", "-m", "{model}", "--dtype", "int8"], "dtype must be 'auto' or one of"),
+        (["chat", "Hello", "-m", "{model}", "--device", "abacus"], "'abacus' is not a device"),
+        (["chat", " ", "-m", "{model}"], "is empty"),
+        (["draw", "x", "-m", "{model}", "-o", "x.gif"], "--out must end in .png"),
+        (["draw", "x", "-m", "{model}", "-o", "/no/such/place/x.png"], "there is no directory"),
+        (["draw", "x", "-m", "{model}", "--size", "64x"], "--size must be WIDTHxHEIGHT"),
+        (["draw", "x", "-m", "{model}", "--steps", "0"], "RenderParams.steps"),
+        (["encode", "nowhere.jpg", "-m", "{model}"], "there is no file nowhere.jpg"),
+        (
+            ["encode", "nowhere.jpg", "-m", "{golden}/e2e_dit/dit"],
             "neither a Kelix model nor a tokenizer",
         ),
         (["info", "/no/such/place"], "is not a directory"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kelix_rt.assets import BUNDLED
 from kelix_rt.cli import options
 from kelix_rt.cli.output import print_json, progress, stderr, stdout
 from kelix_rt.cli.session import load_engine
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: options.Model,
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    model: options.Model = BUNDLED,
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="An image; may be repeated.")
     ] = None,
@@ -118,8 +119,8 @@ def printable(text: str) -> str:
 
 
 def draw(
-    model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    model: options.Model = BUNDLED,
     out: options.Picture = Path("out.png"),
     steps: options.Steps = 50,
     cfg: options.Cfg = 1.0,

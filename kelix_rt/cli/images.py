@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from kelix_rt.assets import BUNDLED
 from kelix_rt.cli import options
 from kelix_rt.cli.generate import follow_drawing, save_picture
 from kelix_rt.cli.output import plain_table, print_json, progress, stdout
@@ -24,8 +25,8 @@ Image = Annotated[Path, typer.Argument(metavar="IMAGE")]
 
 
 def encode(
-    model: options.Model,
     image: Image,
+    model: options.Model = BUNDLED,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the codes as .npy or .json.")
     ] = None,
@@ -34,7 +35,7 @@ def encode(
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Turn an image into visual codes. MODEL may be a vision tokenizer alone."""
+    """Turn an image into visual codes. The model may be a vision tokenizer alone."""
     if out is not None:
         options.check_output(out, (".npy", ".json"))
     codes = encode_file(model, image, options.read_size(size), device, dtype)
@@ -105,8 +106,8 @@ def codes_table(codes: np.ndarray) -> Table:
 
 
 def reconstruct(
-    model: options.Model,
     image: Image,
+    model: options.Model = BUNDLED,
     out: options.Picture = Path("out.png"),
     steps: options.Steps = 50,
     cfg: options.Cfg = 1.0,

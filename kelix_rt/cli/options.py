@@ -11,12 +11,14 @@ from kelix_rt.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Checkpoint directory, hub id, or kelix-tiny.")
+]
 Dit = Annotated[
-    str | None, typer.Option("--dit", help="Image DiT; default: MODEL/dit where it exists.")
+    str | None, typer.Option("--dit", help="Image DiT; default: dit/ of the model where it exists.")
 ]
 Vae = Annotated[
-    str | None, typer.Option("--vae", help="Autoencoder of the DiT; default: MODEL/vae.")
+    str | None, typer.Option("--vae", help="Autoencoder of the DiT; default: vae/ of the model.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[

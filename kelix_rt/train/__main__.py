@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.loading import choose_device
+from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.evaluate import Amounts, show
 from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
 from kelix_rt.train.recipe import CPU, GPU, Sizes
@@ -93,6 +94,20 @@ def everything(
     size = run.export()
     Console().print(f"{run.checkpoint}: {size / 1e6:.1f} MB")
     show(run.evaluate(Amounts(side=run.recipe.sizes.side, seed=seed).scaled(budget)), Console())
+
+
+@app.command("ablate")
+def ablations(
+    out: Out = OUT,
+    device: Device = "auto",
+    budget: Budget = 1.0,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the val split.")] = 200,
+) -> None:
+    """Train small variants of the tokenizer (N, fusion, shared codebook) and compare them."""
+    found = pipeline(out, device, budget, seed, threads).ablate(pictures)
+    show_ablations(found, Console())
 
 
 @app.command()

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,24 @@ from kelix_rt.models.condition import build_condition, find_condition
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.dit_condition import merge_conditions
 from kelix_rt.models.language_model import KelixLM
+from kelix_rt.models.vae import decode
+from kelix_rt.stages.denoise import sample
 from kelix_rt.stages.schedules import TRAIN_STEPS
 from kelix_rt.train.chats import ChatBuilder, Document, drawing
 from kelix_rt.train.language import pack
 from kelix_rt.train.loop import StageResult, run_stage
-from kelix_rt.train.pictures import PictureCodes, scene_of
+from kelix_rt.train.pictures import PictureCodes, scene_of, to_images
 from kelix_rt.train.recipe import Recipe
+from kelix_rt.train.sheet import picture_rows
 from kelix_rt.train.states import load_modules
 from kelix_rt.train.world_text import prompt
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
+
 STAGES = ("1", "2")
 SHIFT = 3.0
+SHOWN, SHOWN_EVERY, SHOWN_STEPS = 8, 500, 12  # pictures on a sheet, steps between, denoise steps
 
 
 @torch.no_grad()
@@ -88,8 +95,8 @@ def flow_loss(
     if kept:
         first = order[:kept].to(device)
         caches.append(dit.prepare_condition(condition[first], mask[first]))
-    for sample in order[kept:].tolist():
-        caches.append(dit.unconditional(1, capacity=int(mask[sample].sum())))
+    for row in order[kept:].tolist():
+        caches.append(dit.unconditional(1, capacity=int(mask[row].sum())))
     cache = merge_conditions(caches)
     order = order.to(device)
     level = sigma.view(-1, 1, 1, 1)
@@ -132,13 +139,17 @@ def new_dit(config: SanaConfig, device: torch.device | str, seed: int) -> KelixD
 
 @dataclass(frozen=True)
 class DetokenizerTrainer:
-    """Everything the stages of the DiT need. latents: [pictures, C, h, w] in the DiT's scale."""
+    """Everything the stages of the DiT need. latents: [pictures, C, h, w] in the DiT's scale.
+
+    vae: what the latents are of, to show what is drawn.
+    """
 
     dit: KelixDiT
     model: KelixLM
     chats: ChatBuilder
     pictures: PictureCodes
     latents: Tensor
+    vae: AutoencoderDC
     recipe: Recipe
     out: Path
 
@@ -155,7 +166,9 @@ class DetokenizerTrainer:
         """Latents, conditions and masks of one step; every request is worded anew."""
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {name} {step}")
         size = self.recipe.detokenizer[name].batch
-        indices = [rng.randrange(self.pictures.count) for _ in range(size)]
+        return self._targets([rng.randrange(self.pictures.count) for _ in range(size)], rng)
+
+    def _targets(self, indices: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
         documents = [self._document(index, rng) for index in indices]
         condition, mask = conditions(self.model, documents, len(self.dit.y_embedding))
         clean = self.latents[indices].to(self.dit.device, torch.float32)
@@ -164,6 +177,17 @@ class DetokenizerTrainer:
     def _document(self, index: int, rng: random.Random) -> Document:
         request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.drawing(index))
+
+    def _show(self, name: str, step: int) -> None:
+        """Every so often: decoded latents above what is drawn, as detokenizer-<stage>.png."""
+        if step % SHOWN_EVERY and step != self.recipe.detokenizer[name].steps:
+            return
+        shown = range(min(SHOWN, self.pictures.count))
+        clean, condition, mask = self._targets(shown, random.Random("kelix detokenizer sheet"))
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        drawn = sample(self.dit, condition, mask, noise, SHOWN_STEPS)[-1]
+        rows = [to_images(decode(self.vae, latent)) for latent in (clean, drawn)]
+        picture_rows(rows).save(self.out / f"detokenizer-{name}.png")
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, dit = self.recipe.detokenizer[name], self.dit
@@ -189,5 +213,6 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             config=self.recipe.facts() | {"batch": stage.batch},
+            on_log=lambda step: self._show(name, step),
             **options,
         )

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kelix_rt.models.vae import to_uint8
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
 from kelix_rt.train.states import write_whole
@@ -24,6 +26,7 @@ from kelix_rt.train.world_scene import Scene
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
+ALL_SCENES = 1_000_000  # train scenes that parts draw from which need no codes of them
 _BATCH = 16
 
 
@@ -149,6 +152,11 @@ def to_pixels(pictures: list[object]) -> Tensor:
     """RGB pictures of one size -> float32 [B, 3, H, W] in -1..1."""
     arrays = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in about -1..1 -> RGB pictures, the way back of `to_pixels`."""
+    return [Image.fromarray(array) for array in to_uint8(pixels).cpu().numpy()]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ text/         text tokenizer, chat template and image processor
 autoencoder/  tokenizer/  language/  detokenizer/    checkpoints and logs of the stages
 codes.safetensors, latents.safetensors               of the training pictures
 kelix-tiny/   the finished checkpoint        evaluation/   what it can do
+ablations/    variants of the tokenizer, on demand
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kelix_rt.train import autoencoder as autoencoder_part
 from kelix_rt.train import detokenizer as detokenizer_part
 from kelix_rt.train import language as language_part
 from kelix_rt.train import tokenizer as tokenizer_part
+from kelix_rt.train.ablations import ablate
 from kelix_rt.train.chats import ChatBuilder
 from kelix_rt.train.evaluate import Amounts, evaluate
 from kelix_rt.train.export import TrainedParts, export, own_centres, require_checkpoint_world
@@ -97,6 +99,10 @@ class Pipeline:
         return evaluate_folder(
             self.checkpoint, self.out / "evaluation", amounts, self.recipe.sizes.marker, self.device
         )
+
+    def ablate(self, pictures: int, **options: Any) -> dict[str, Any]:
+        """Variants of the tokenizer, see `ablations.ablate`; needs the tokenizer's warm-up."""
+        return ablate(self._tokenizer_trainer, pictures, self.out / "ablations", **options)
 
     @property
     def text_folder(self) -> Path:
@@ -195,7 +201,7 @@ class Pipeline:
         load_modules(path, {"model": model})
         dit = detokenizer_part.new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
         return detokenizer_part.DetokenizerTrainer(
-            dit, model.eval(), self.chats, self.pictures, self.latents, self.recipe,
+            dit, model.eval(), self.chats, self.pictures, self.latents, self.vae, self.recipe,
             self.out / "detokenizer",
         )  # fmt: skip
 

@@ -40,7 +40,7 @@ class Sizes:
     side: int = 224
     other_sides: tuple[int, ...] = (168, 196)
     vision_width: int = 128
-    vision_layers: int = 4
+    vision_layers: int = 3
     vision_heads: int = 4
     vision_ffn: int = 384
     width: int = 192
@@ -154,12 +154,12 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
 
 # Three hours on two CPU cores.
 CPU = Recipe(
-    autoencoder={"1": Stage(2400, 1e-3, 100, 4, lr_floor=0.05)},
+    autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
     tokenizer={
-        "warmup": Stage(1500, 1.5e-3, 100, 16),
-        "1": Stage(300, 2e-3, 50, 16),
-        "2": Stage(2200, 1e-3, 50, 16),
-        "3": Stage(600, 3e-4, 1, 16),
+        "warmup": Stage(3500, 2e-3, 100, 24, lr_floor=0.03),
+        "1": Stage(500, 1e-3, 50, 6, lr_floor=0.3),
+        "2": Stage(1500, 7e-4, 50, 6, lr_floor=0.2),
+        "3": Stage(400, 1.5e-4, 1, 6, lr_floor=0.05),
     },
     language=_language(batch=1536, share=1.0, rate=1.0),
     detokenizer={

@@ -1,4 +1,4 @@
-"""Prompts and the pictures drawn for them, side by side on one picture."""
+"""Several pictures on one: prompts with what was drawn for them, and pictures with their copies."""
 
 from __future__ import annotations
 
@@ -33,4 +33,15 @@ def contact_sheet(
         lines = textwrap.wrap(prompt, wide)[:_LINES]
         for line, text in enumerate(lines):
             pen.text((x, y + side + 2 + line * height), text, fill="black", font=font)
+    return sheet
+
+
+def picture_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures, all of the first one's size; a column holds a picture and its copies."""
+    width, height = rows[0][0].size
+    step = width + _MARGIN, height + _MARGIN
+    sheet = Image.new("RGB", (max(map(len, rows)) * step[0], len(rows) * step[1]), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture.convert("RGB").resize((width, height)), (x * step[0], y * step[1]))
     return sheet

@@ -1,10 +1,11 @@
 """Kelix-Tok: the visual tokenizer, trained to be read.
 
-The stages of the report: 1 aligns the quantizer (vision transformer and reader frozen), 2 trains
-everything on understanding, 3 anneals. In front of them stands a warm-up with continuous features,
-in place of the pretrained NaViT that K-means takes its features from. A second addition: linear
-maps of the fused embedding give a token's pixels and name what lies there, because a transformer
-this small, trained this briefly, would otherwise learn to see too late.
+The stages of the report: 1 aligns the quantizer (vision transformer frozen), 2 trains everything on
+understanding, 3 anneals. In front of them stands a warm-up on close-ups with continuous features,
+in place of the pretrained NaViT that K-means takes its features from; the reader, pretrained in the
+report too, starts from nothing and learns from stage 1 on. A second addition: linear maps give a
+token's pixels and name what lies there, because a transformer this small, trained this briefly,
+would otherwise learn to see too late.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ from kelix_rt.models.vision_weights import weight_map
 from kelix_rt.processing import ImageProcessor, TextTokenizer
 from kelix_rt.train.ahead import Ahead, workers_for
 from kelix_rt.train.loop import StageResult, run_stage
-from kelix_rt.train.pictures import scene_of
+from kelix_rt.train.pictures import ALL_SCENES, scene_of
 from kelix_rt.train.quantizer import SimVQ, code_usage, fuse, normalise
-from kelix_rt.train.reading import Reader, Reading, read_scene, reader_config
+from kelix_rt.train.reading import Reader, reader_config
 from kelix_rt.train.recipe import Recipe
 from kelix_rt.train.states import load_modules, write_whole
-from kelix_rt.train.token_labels import LabelHead, token_labels
+from kelix_rt.train.token_labels import LabelHead
+from kelix_rt.train.token_pixels import PixelHead, token_pixels
+from kelix_rt.train.views import PictureBatch, Views
+from kelix_rt.train.vision_start import new_vision_tokenizer, whiten_patches
 from kelix_rt.train.world import Split, draw, make_scene
 from kelix_rt.train.world_scene import Scene
 from kelix_rt.weights import split_weights
@@ -42,67 +47,10 @@ STAGES = ("warmup", "1", "2", "3")
 CONTINUOUS = "warmup"  # the stage without a quantizer
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
+WHITENED = 150  # pictures whose patches the patch embedding starts from
 READER_LAYERS = 3
 # Questions asked of a picture, and whether a caption follows.
-TASKS = {"warmup": (3, True), "1": (0, True), "2": (4, True), "3": (5, False)}
-
-
-@dataclass(frozen=True)
-class PictureBatch:
-    """Pictures of a step: patches [n, 3, P, P], grids int64 [B, 3], what is read from each.
-
-    labels: int64 [n / 4, 5], see `token_labels`.
-    """
-
-    patches: Tensor
-    grids: Tensor
-    labels: Tensor
-    readings: Sequence[Reading]
-
-
-def new_vision_tokenizer(
-    config: TokenizerConfig, device: torch.device | str, seed: int
-) -> VisionTokenizer:
-    """A tokenizer with random weights: normal by fan-in, residual branches scaled by their number.
-
-    Its codebooks are not set: `SimVQ` has them while it is trained.
-    """
-    model = VisionTokenizer(config)
-    generator = torch.Generator().manual_seed(seed)
-    depth = (2 * max(1, config.vision_config.num_hidden_layers)) ** -0.5
-    for name, parameter in model.named_parameters():
-        if name == "z_weight" or (parameter.dim() < 2 and name.endswith("weight")):
-            nn.init.ones_(parameter)
-        elif name == "z_bias" or parameter.dim() < 2:
-            nn.init.zeros_(parameter)
-        else:
-            std = 0.02 if name == "positions" else parameter.shape[-1] ** -0.5
-            if name.endswith(("attention.output.weight", "down.weight")):
-                std *= depth
-            if name == "up_projectors":
-                std *= 0.05 * config.n_q_tokens**-0.5  # fused embeddings as large as text's
-            nn.init.normal_(parameter, std=std, generator=generator)
-    return model.to(device)
-
-
-class PixelHead(nn.Module):
-    """A token's pixels at half resolution, as a linear map of its scaled fused embedding."""
-
-    def __init__(self, width: int, patch: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 3 * patch**2)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, fused: Tensor, wanted: Tensor) -> Tensor:
-        """Mean squared error; fused [T, O], wanted [T, 3 * P * P] in -1..1."""
-        return F.mse_loss(self.linear(fused).float(), wanted)
-
-
-def token_pixels(patches: Tensor, merge_order: Tensor) -> Tensor:
-    """Patches [n, 3, P, P] -> the 2x2 patches of every token at half resolution, [n / 4, 3 P P]."""
-    half = F.avg_pool2d(patches.float(), 2)
-    return half[merge_order].reshape(len(patches) // 4, -1)
+TASKS = {"1": (0, True), "2": (4, True), "3": (5, False)}
 
 
 @dataclass
@@ -123,10 +71,11 @@ class TokenizerTrainer:
     reader: Reader = field(init=False)
     pixels: PixelHead = field(init=False)
     labels: LabelHead = field(init=False)
+    sight: LabelHead = field(init=False)
 
     def __post_init__(self) -> None:
         sizes, seed = self.recipe.sizes, self.recipe.seed
-        self.end_id = self.text.token_id("<|im_end|>")
+        self.views = Views(self.images, self.text)
         self.model = new_vision_tokenizer(self.config, self.device, seed)
         self.quantizer = SimVQ(self.config).to(self.device)
         own = reader_config(
@@ -136,8 +85,9 @@ class TokenizerTrainer:
         patch = self.config.vision_config.patch_size
         self.pixels = PixelHead(self.config.output_dim, patch).to(self.device)
         self.labels = LabelHead(self.config.output_dim).to(self.device)
+        self.sight = LabelHead(4 * self.config.vision_config.hidden_size).to(self.device)
         self._recent: list[Tensor] = []
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -148,6 +98,7 @@ class TokenizerTrainer:
             "reader": self.reader,
             "pixels": self.pixels,
             "labels": self.labels,
+            "sight": self.sight,
         }
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
@@ -166,27 +117,29 @@ class TokenizerTrainer:
     def batch(self, name: str, step: int) -> PictureBatch:
         """What step `step` learns from, on the CPU: pictures of one size with their readings."""
         rng = random.Random(f"kelix tokenizer {self.recipe.seed} {name} {step}")
-        sizes = self.recipe.sizes
+        count, sizes = self.recipe.tokenizer[name].batch, self.recipe.sizes
+        endless = (scene_of(rng.randrange(ALL_SCENES), self.recipe.seed) for _ in repeat(None))
+        if name == CONTINUOUS:
+            return self.views.close_ups(endless, count, sizes.side, rng)
         side = rng.choice((sizes.side, *sizes.other_sides))
-        num_questions, with_caption = TASKS[name]
-        patches, grids, labels, readings = [], [], [], []
-        for _ in range(self.recipe.tokenizer[name].batch):
-            scene = scene_of(rng.randrange(self.recipe.pictures), self.recipe.seed)
-            pixels, grid = self.images.patchify(draw(scene, side))
-            patches.append(pixels)
-            grids.append(grid)
-            labels.append(token_labels(scene, side // self.images.factor))
-            readings.append(
-                read_scene(scene, self.text, self.end_id, rng, num_questions, with_caption)
-            )
-        return PictureBatch(torch.cat(patches), torch.cat(grids), torch.cat(labels), readings)
+        return self.views.pictures(list(islice(endless, count)), side, TASKS[name], rng)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
-        """loss = text (next token) + labels + pixels + vq; without vq while `continuous`."""
+        """loss = text (next token) + labels + pixels + sight + vq.
+
+        sight: labels read from the vision transformer itself. While `continuous` it learns from
+        them alone; through a merger that has yet to learn it sees little but noise.
+
+        Without text where nothing is read, without vq while `continuous`.
+        """
         patches = batch.patches.to(self.device)
         layout = self.model.layout(patches, batch.grids)
-        z = self.model.project(self._features(patches, layout))
-        losses = {}
+        labels = batch.labels.to(self.device)
+        hidden = self._hidden(patches, layout)
+        seen = hidden[layout.merge_order].view(len(labels), -1)
+        merged = self.model.merge(hidden.detach() if continuous else hidden, layout)
+        z = self.model.project(merged)
+        losses = {"sight": self.sight(seen, labels)}
         if continuous:
             vectors = normalise(z, self.model)
         else:
@@ -194,15 +147,15 @@ class TokenizerTrainer:
             vectors, losses["vq"] = quantized.vectors, quantized.loss
             self._recent.append(quantized.codes)
         fused = fuse(vectors, self.model)
-        tokens = [length // 4 for length in layout.lengths]
-        losses["text"] = self.reader(fused, tokens, batch.readings)
-        wanted = token_pixels(patches, layout.merge_order)
-        # Fused embeddings start as small as text's; linear heads learn from inputs around 1.
+        if batch.readings:
+            tokens = [length // 4 for length in layout.lengths]
+            losses["text"] = self.reader(fused, tokens, batch.readings)
+        shown = torch.cat((patches, batch.covered.to(self.device)), dim=1)
+        wanted = token_pixels(shown, layout.merge_order)
         scaled = F.rms_norm(fused, fused.shape[1:])
         losses["pixels"] = self.pixels(scaled, wanted)
-        labels = batch.labels.to(self.device)
         losses["labels"] = self.labels(scaled, labels)
-        self._latest = scaled.detach(), labels
+        self._latest = scaled.detach(), seen.detach(), labels
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @torch.no_grad()
@@ -263,8 +216,10 @@ class TokenizerTrainer:
 
     def _unfreeze(self, name: str) -> None:
         for module in self.modules.values():
-            module.requires_grad_(name != "1")
-        self.quantizer.requires_grad_(name != CONTINUOUS)
+            module.requires_grad_(True)
+        if name == CONTINUOUS:
+            self.quantizer.requires_grad_(False)
+            self.reader.requires_grad_(False)
         if name == "1":
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(key.startswith(ADAPTERS))
@@ -272,6 +227,9 @@ class TokenizerTrainer:
     def _start_from(self, name: str) -> None:
         order = STAGES.index(name)
         if order == 0:
+            scenes = [scene_of(index, self.recipe.seed) for index in range(WHITENED)]
+            patches = torch.cat([self.patches(scene)[0] for scene in scenes])
+            whiten_patches(self.model, patches, self.recipe.seed)
             return
         before = STAGES[order - 1]
         load_modules(self.out / f"tokenizer-{before}.pt", self.modules)
@@ -287,7 +245,8 @@ class TokenizerTrainer:
         while sum(map(len, found)) < wanted:
             scene = scene_of(index % self.recipe.pictures, self.recipe.seed)
             patches, grid = self.patches(scene)
-            found.append(self._features(patches, self.model.layout(patches, grid)))
+            layout = self.model.layout(patches, grid)
+            found.append(self.model.merge(self._hidden(patches, layout), layout))
             index += 1
         return torch.cat(found)
 
@@ -296,14 +255,24 @@ class TokenizerTrainer:
         patches, grid = self.images.patchify(draw(scene, self.recipe.sizes.side))
         return patches.to(self.device), grid
 
-    def _features(self, patches: Tensor, layout: PatchLayout) -> Tensor:
-        hidden = self.model.encode_patches(self.model.embed_patches(patches, layout), layout)
-        return self.model.merge(hidden, layout)
+    def _hidden(self, patches: Tensor, layout: PatchLayout) -> Tensor:
+        return self.model.encode_patches(self.model.embed_patches(patches, layout), layout)
+
+    def label_accuracy(self) -> dict[str, float]:
+        """Share of labels right by kind, in the batch of the last call of `losses`.
+
+        From the fused embeddings, and as "seen <kind>" from the vision transformer.
+        """
+        if self._latest is None:
+            return {}
+        fused, seen, labels = self._latest
+        sight = {f"seen {kind}": share for kind, share in self.sight.right(seen, labels).items()}
+        return self.labels.right(fused, labels) | sight
 
     def _measures(self, step: int) -> dict[str, float]:
         """Share of labels right in the last batch; least utilisation and perplexity among the
         sub-codebooks since the last logged step."""
-        found = {} if self._latest is None else self.labels.right(*self._latest)
+        found = self.label_accuracy()
         if self._recent:
             used, perplexity = code_usage(torch.cat(self._recent), self.config.codes_per_book)
             self._recent.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -55,6 +56,7 @@ DIAMETERS = {"small": 0.2, "large": 0.32}
 SHIFTS = {"small": 0.05, "large": 0.025}
 TURN = math.radians(6)  # shapes lean at most this far to either side
 SUPERSAMPLING = 4
+COVERED = 20  # levels by which a pixel of a thing differs from the background at least
 MIN_SIDE = 32
 
 
@@ -69,6 +71,16 @@ def draw(scene: Scene, side: int = 112) -> Image.Image:
     if scene.word is not None:
         _draw_word(picture, scene, rng)
     return picture
+
+
+def coverage(scene: Scene, side: int) -> Image.Image:
+    """Mode L picture of side x side pixels, white where `draw` puts a thing or a word."""
+    drawn, bare = (
+        np.asarray(draw(s, side), dtype=np.int16)
+        for s in (scene, replace(scene, things=(), word=None))
+    )
+    stands_off = np.abs(drawn - bare).max(axis=2) > COVERED
+    return Image.fromarray(stands_off.astype(np.uint8) * 255)
 
 
 @cache

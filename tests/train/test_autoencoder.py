@@ -51,14 +51,25 @@ def test_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
     assert seen[-1] < 0.8 * seen[0]
 
 
-def test_loss_sees_pixels_and_edges() -> None:
-    flat, wanted = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
-    even = picture_loss(flat, wanted)
-    assert (float(even["l1"]), float(even["edges"])) == (0.5, 0.0)
-    wanted[..., 2:] = -0.5  # one edge between three pairs of columns
-    uneven = picture_loss(flat, wanted)
-    assert float(uneven["l1"]) == 0.5
-    assert float(uneven["edges"]) == pytest.approx(1 / 3)
+def test_loss_is_of_pixels_and_their_squares() -> None:
+    losses = picture_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5))
+    assert (float(losses["l1"]), float(losses["squared"])) == (0.5, 0.25)
+    assert float(losses["loss"]) == 1.5
+
+
+def test_batches_are_parts_of_pictures_at_whole_latents(tmp_path: Path) -> None:
+    sizes = replace(SIZES, drawn_side=160, latent_rate=32)
+    made = AutoencoderTrainer(replace(RECIPE, sizes=sizes), tmp_path)
+    whole = made._pictures([0])
+    made._pictures = lambda indices: whole.expand(len(indices), -1, -1, -1)  # type: ignore
+    for part in made.batch("1", 0):
+        places = [
+            (y, x)
+            for y in (0, 32)
+            for x in (0, 32)
+            if torch.equal(part, whole[0, :, y : y + 128, x : x + 128])
+        ]
+        assert len(places) == 1
 
 
 def test_run_resume_scale_and_export(tmp_path: Path) -> None:

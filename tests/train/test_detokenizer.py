@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kelix_rt.config import SanaConfig
+from kelix_rt.train.autoencoder import new_autoencoder
 from kelix_rt.train.chats import drawing
 from kelix_rt.train.detokenizer import (
     DetokenizerTrainer,
@@ -17,7 +18,7 @@ from kelix_rt.train.detokenizer import (
     noise_levels,
 )
 from kelix_rt.train.language import pack
-from kelix_rt.train.recipe import Stage
+from kelix_rt.train.recipe import Sizes, Stage
 from tests.train import tiny
 
 CONFIG = SanaConfig(
@@ -121,8 +122,9 @@ def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     dit = new_dit(CONFIG, "cpu", seed=0)
     rows = dit.y_embedding.clone()
+    vae = new_autoencoder(Sizes(latent_channels=4), "cpu", 0)
     trainer = DetokenizerTrainer(
-        dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, recipe, tmp_path / "dit"
+        dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, vae, recipe, tmp_path / "dit"
     )
     options: dict[str, Any] = {"log_every": 1, "save_every_seconds": 0.0}
     first = trainer.run(["1"], **options)

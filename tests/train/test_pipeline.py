@@ -49,6 +49,8 @@ def test_every_stage_leaves_a_checkpoint_and_a_log(run: Pipeline) -> None:
             lines = (run.out / part / f"{part}-{stage}.jsonl").read_text().splitlines()
             assert len(lines) == getattr(run.recipe, part)[stage].steps
             assert json.loads(lines[-1])["loss"] > 0
+            shown = run.out / part / f"{part}-{stage}.png"
+            assert shown.is_file() == (part in ("autoencoder", "detokenizer"))
 
 
 def test_the_checkpoint_speaks_draws_and_agrees_with_the_trained_model(run: Pipeline) -> None:
@@ -85,6 +87,14 @@ def test_the_run_is_measured(run: Pipeline) -> None:
     assert (run.out / "evaluation" / "contact-sheet.png").is_file()
 
 
+def test_variants_of_the_tokenizer_are_compared(run: Pipeline) -> None:
+    found = run.ablate(2, **QUIET)
+    assert list(found) == ["N = 1", "N = 2", "N = 4", "N = 8", "N = 8, mean instead of sum",
+                           "N = 8, one shared codebook"]  # fmt: skip
+    assert json.loads((run.out / "ablations" / "ablations.json").read_text()) == found
+    assert all(row["text"] > 0 and 0 <= row["background"] <= 1 for row in found.values())
+
+
 def test_a_part_needs_the_parts_before_it(run: Pipeline, tmp_path: Path) -> None:
     bare = Pipeline(run.recipe, tmp_path, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"tokenizer-3\.pt does not exist"):
@@ -99,7 +109,7 @@ def test_other_sizes_are_refused(run: Pipeline) -> None:
 
 def test_commands(run: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = CliRunner().invoke(commands.app, ["--help"]).output
-    assert all(name in listed for name in (*STAGES, "all", "export", "evaluate"))
+    assert all(name in listed for name in (*STAGES, "all", "export", "ablate", "evaluate"))
     arguments = ["evaluate", str(run.checkpoint), "--out", str(tmp_path), "--amount", "0.001",
                  "--device", "cpu"]  # fmt: skip
     done = CliRunner().invoke(commands.app, arguments, catch_exceptions=False)
