@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kelix_rt.assets import BUNDLED, bundled
 from kelix_rt.errors import WeightError
 
 Renames = Sequence[tuple[str, str]]
@@ -149,21 +148,16 @@ def _check_numbering(path: Path, stem: str, shards: Sequence[Path]) -> None:
 
 
 def resolve(model: str | Path, progress: bool = True) -> Path:
-    """The local directory of `model`: "kelix-tiny", a path, or a hub id, which is downloaded.
+    """The local directory of `model`: a path, or a Hugging Face hub id, which is downloaded.
 
     progress: show huggingface_hub's own progress bars. Raises WeightError when it is neither, or
     when the download fails.
     """
-    shipped = bundled(str(model))
-    if shipped is not None:
-        return shipped
     path = Path(model).expanduser()
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(model)):
-        raise WeightError(
-            f"{model} is neither an existing path nor a hub id (owner/name) nor {BUNDLED}"
-        )
+        raise WeightError(f"{model} is neither an existing path nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 

@@ -174,7 +174,7 @@ class AutoencoderTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=self.device,
-            config=self.recipe.facts() | {"batch": stage.batch},
+            config=self.recipe.facts(batch=stage.batch),
             on_log=lambda step: self._show(name, step),
             **options,
         )

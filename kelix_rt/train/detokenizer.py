@@ -212,7 +212,7 @@ class DetokenizerTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=dit.device,
-            config=self.recipe.facts() | {"batch": stage.batch},
+            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch),
             on_log=lambda step: self._show(name, step),
             **options,
         )

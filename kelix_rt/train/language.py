@@ -239,7 +239,9 @@ class LanguageTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=model.device,
-            config=self.recipe.facts() | {"tasks": dict(stage.tasks), "batch": stage.batch},
+            config=self.recipe.facts(
+                pictures=self.recipe.pictures, tasks=dict(stage.tasks), batch=stage.batch
+            ),
             **options,
         )
         model.eval()

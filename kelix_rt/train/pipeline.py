@@ -244,11 +244,12 @@ def model_card(recipe: Recipe) -> str:
             f"pixels in ({sizes.tokens_per_side} x {sizes.tokens_per_side} codes) and "
             f"{sizes.drawn_side} pixels out. Weights are bfloat16.",
             "",
-            "Trained from nothing by `python -m kelix_rt.train all` on pictures drawn by a "
-            f"program, {recipe.pictures} of them, seed {recipe.seed}; no other data. The stages "
-            "are those of the Kelix report, with warm-ups in place of its pretrained vision "
-            "transformer and language model. `lm_head`, a copy of the head that inference never "
-            "reads, is left out. Position markers in prompts: the engine's option "
+            f"Trained from nothing by `python -m kelix_rt.train all`, seed {recipe.seed}, on "
+            "pictures drawn by a program; no other data. The language model and the DiT saw "
+            f"{recipe.pictures} of them. The stages are those of the Kelix report, with warm-ups "
+            "in place of its pretrained vision transformer and language model. `lm_head`, a copy "
+            "of the head that inference never reads, is left out. Position markers in prompts: "
+            "the engine's option "
             f'`position_markers="{sizes.marker}"`; prompts without them are understood too.',
             "",
             "| part | stage | steps | batch | peak rate |",

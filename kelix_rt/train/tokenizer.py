@@ -206,7 +206,7 @@ class TokenizerTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=self.device,
-            config=self.recipe.facts() | {"batch": stage.batch},
+            config=self.recipe.facts(batch=stage.batch),
             on_log=self._measures,
             **options,
         )

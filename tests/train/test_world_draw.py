@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.world_draw import COLOUR_VALUES, draw, shape_mask, word_font
+from kelix_rt.train.world_draw import COLOUR_VALUES, coverage, draw, shape_mask, word_font
 from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing
 from kelix_rt.train.world_splits import make_scenes
 
@@ -92,3 +92,13 @@ def test_drawing_is_fast() -> None:
     for scene in scenes:
         draw(scene)
     assert (time.process_time() - start) / len(scenes) < 0.004  # measured 0.8 ms
+
+
+def test_coverage_is_where_something_is_drawn() -> None:
+    thing = Thing("square", "green", "large", "top left")
+    scene = Scene((thing,), "mint", word="map", band="bottom", variation=3)
+    covered = np.asarray(coverage(scene, 112)) > 0
+    assert covered[29, 29] and not covered[:56, 70:].any()  # the thing's centre, the free corner
+    assert covered[70:96].any() and not covered[105:].any()  # the word's band, the rim
+    bare = Scene((), "mint", variation=3)
+    assert not np.asarray(coverage(bare, 112)).any()
