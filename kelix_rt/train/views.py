@@ -98,6 +98,7 @@ class Views:
         return PictureBatch.of(found)
 
     def _whole(self, scene: Scene, side: int) -> View:
-        patches, grid = self._images.patchify(draw(scene, side))
-        covered, _ = self._images.patchify(coverage(scene, side).convert("RGB"))
+        picture = draw(scene, side)
+        patches, grid = self._images.patchify(picture)
+        covered, _ = self._images.patchify(coverage(scene, picture).convert("RGB"))
         return View(patches, covered[:, :1], grid, token_labels(scene, side // self._images.factor))

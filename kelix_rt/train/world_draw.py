@@ -73,13 +73,11 @@ def draw(scene: Scene, side: int = 112) -> Image.Image:
     return picture
 
 
-def coverage(scene: Scene, side: int) -> Image.Image:
-    """Mode L picture of side x side pixels, white where `draw` puts a thing or a word."""
-    drawn, bare = (
-        np.asarray(draw(s, side), dtype=np.int16)
-        for s in (scene, replace(scene, things=(), word=None))
-    )
-    stands_off = np.abs(drawn - bare).max(axis=2) > COVERED
+def coverage(scene: Scene, drawn: Image.Image) -> Image.Image:
+    """Mode L picture as large as `drawn`, `draw` of the scene; white where a thing or a word is."""
+    bare = draw(replace(scene, things=(), word=None), drawn.width)
+    shown, background = (np.asarray(picture, dtype=np.int16) for picture in (drawn, bare))
+    stands_off = np.abs(shown - background).max(axis=2) > COVERED
     return Image.fromarray(stands_off.astype(np.uint8) * 255)
 
 

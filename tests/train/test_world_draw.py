@@ -97,8 +97,8 @@ def test_drawing_is_fast() -> None:
 def test_coverage_is_where_something_is_drawn() -> None:
     thing = Thing("square", "green", "large", "top left")
     scene = Scene((thing,), "mint", word="map", band="bottom", variation=3)
-    covered = np.asarray(coverage(scene, 112)) > 0
+    covered = np.asarray(coverage(scene, draw(scene, 112))) > 0
     assert covered[29, 29] and not covered[:56, 70:].any()  # the thing's centre, the free corner
     assert covered[70:96].any() and not covered[105:].any()  # the word's band, the rim
     bare = Scene((), "mint", variation=3)
-    assert not np.asarray(coverage(bare, 112)).any()
+    assert not np.asarray(coverage(bare, draw(bare, 112))).any()
