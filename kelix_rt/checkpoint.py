@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kelix_rt.assets import BUNDLED, bundled
 from kelix_rt.errors import WeightError
 
 Renames = Sequence[tuple[str, str]]
@@ -148,16 +149,22 @@ def _check_numbering(path: Path, stem: str, shards: Sequence[Path]) -> None:
 
 
 def resolve(model: str | Path, progress: bool = True) -> Path:
-    """The local directory of `model`: a path, or a Hugging Face hub id, which is downloaded.
+    """The local directory of `model`: "kelix-tiny", which ships with the package, a path, or a
+    Hugging Face hub id, which is downloaded.
 
-    progress: show huggingface_hub's own progress bars. Raises WeightError when it is neither, or
-    when the download fails.
+    progress: show huggingface_hub's own progress bars. Raises WeightError when it is none of them,
+    or when the download fails.
     """
+    own = bundled(str(model))
+    if own is not None:
+        return own
     path = Path(model).expanduser()
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(model)):
-        raise WeightError(f"{model} is neither an existing path nor a hub id (owner/name)")
+        raise WeightError(
+            f"{model} is neither an existing path nor a hub id (owner/name) nor {BUNDLED}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 

@@ -105,7 +105,8 @@ class EngineConfig(JsonConfig):
     computed per step (prefill chunk). prefix_cache: share pages of equal prefixes. verify_head:
     compute the full head too and count how often it leaves the admissible ids. position_markers:
     coordinates in front of every row of a prompt's images, such as "{row},{cols}", between the two
-    ids that follow the end-of-block id; None = no markers. seed: base of the requests' seeds.
+    ids that follow the end-of-block id; None = what the checkpoint's preprocessor_config.json
+    names, "" = no markers. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     """

@@ -100,7 +100,9 @@ class Engine(EngineCore):
     @cached_property
     def processor(self) -> ChatProcessor:
         """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
-        template, end = self.options.position_markers, self.config.block_end
+        end, template = self.config.block_end, self.options.position_markers
+        if template is None:
+            template = self.images.position_markers
         markers = PositionMarkers(end + 1, end + 2, template) if template else None
         return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
 

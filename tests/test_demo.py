@@ -1,4 +1,4 @@
-"""The demo runs, says what its weights are worth, and repeats itself."""
+"""The demo runs and repeats itself."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def test_the_demo_writes_the_same_images_twice(
     for name in ("first", "second"):
         demo.main(["--out", str(tmp_path / name), "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "random weights" in out
-    assert f"Q: {demo.QUESTION}" in out
+    assert all(f"Q: {question}" in out for question in demo.QUESTIONS)
     for name in IMAGES:
         assert str(tmp_path / "first" / name) in out
         first, second = (
@@ -28,7 +27,7 @@ def test_the_demo_writes_the_same_images_twice(
         )
         assert np.array_equal(first, second)
         assert first.std() > 0
-    for stage in ("load the models", "photo -> codes", "prompt -> codes -> image"):
+    for stage in ("load the models", "picture -> codes", "prompt -> codes -> image"):
         assert stage in out
 
 
@@ -41,13 +40,3 @@ def test_the_picture_of_codes_has_a_stripe_per_code() -> None:
     assert np.abs(low.astype(int) - high.astype(int)).max() > 100
     expected = np.where(codes.reshape(-1, 1) == 0, low, high)
     assert np.array_equal(colours, expected)
-
-
-def test_without_the_test_checkpoints_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "GOLDEN", tmp_path / "nowhere")
-    with pytest.raises(SystemExit) as ended:
-        demo.main(["--out", str(tmp_path)])
-    assert ended.value.code == 2
-    assert "run it in a clone of the repository" in capsys.readouterr().err

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from kelix_rt import ConfigError, SamplingParams, TextDelta
+from kelix_rt import ConfigError, Engine, SamplingParams, TextDelta
 from tests.engine_helpers import (
     assert_idle,
     fixtures,
@@ -55,20 +57,31 @@ def test_codes_of_an_image_are_the_callers_own(golden: Path) -> None:
     assert codes.shape == (4, 8)
 
 
+def marked_rows(engine: Engine) -> list[list[int]]:
+    """The ids of a prompt with three rows of image tokens, cut in front of each marker."""
+    content = [
+        {"type": "image", "image": Image.new("RGB", (112, 84), "red")},
+        {"type": "text", "text": "what?"},
+    ]
+    ids = list(engine.chat_prompt([{"role": "user", "content": content}]).ids)
+    starts = [i for i, id_ in enumerate(ids) if id_ == engine.config.block_end + 1]
+    return [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
 def test_position_markers_stand_in_front_of_every_image_row(golden: Path) -> None:
     engine = load_engine(golden / "llm" / "tiny_a", position_markers="{row},{cols}")
-    picture = Image.new("RGB", (112, 84), "red")
-    prompt = engine.chat_prompt(
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}],
-            }
-        ]
-    )
-    ids = list(prompt.ids)
-    start = engine.config.block_end + 1
-    assert ids.count(start) == 3, "84 pixels are three rows of image tokens"
-    row = ids[ids.index(start) : ids.index(start, ids.index(start) + 1)]
-    assert row[-4:] == [engine.config.qwen_config.image_token_id] * 4
-    assert row[row.index(start + 1) - 1] in engine.text.encode("4")
+    rows = marked_rows(engine)
+    assert len(rows) == 3, "84 pixels are three rows of image tokens"
+    assert rows[0][-4:] == [engine.config.qwen_config.image_token_id] * 4
+    end = rows[0].index(engine.config.block_end + 2)
+    assert rows[0][end - 1] in engine.text.encode("4")
+
+
+def test_position_markers_of_the_checkpoint(golden: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(golden / "llm" / "tiny_a", tmp_path / "model")
+    file = copied / "preprocessor_config.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(known | {"position_markers": "{row}"}))
+    assert len(marked_rows(load_engine(copied))) == 3
+    assert marked_rows(load_engine(copied, position_markers="")) == []
+    assert marked_rows(load_engine(golden / "llm" / "tiny_a")) == []

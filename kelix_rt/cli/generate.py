@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kelix_rt.assets import BUNDLED
 from kelix_rt.cli import options
 from kelix_rt.cli.output import print_json, progress, stderr, stdout
 from kelix_rt.cli.session import load_engine
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 def chat(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
-    model: options.Model,
+    model: options.Model = BUNDLED,
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="An image; may be repeated.")
     ] = None,
@@ -119,7 +120,7 @@ def printable(text: str) -> str:
 
 def draw(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    model: options.Model,
+    model: options.Model = BUNDLED,
     out: options.Picture = Path("out.png"),
     steps: options.Steps = 50,
     cfg: options.Cfg = 1.0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from kelix_rt.assets import BUNDLED
 from kelix_rt.cli import options
 from kelix_rt.cli.generate import follow_drawing, save_picture
 from kelix_rt.cli.output import plain_table, print_json, progress, stdout
@@ -25,7 +26,7 @@ Image = Annotated[Path, typer.Argument(metavar="IMAGE")]
 
 def encode(
     image: Image,
-    model: options.Model,
+    model: options.Model = BUNDLED,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the codes as .npy or .json.")
     ] = None,
@@ -106,7 +107,7 @@ def codes_table(codes: np.ndarray) -> Table:
 
 def reconstruct(
     image: Image,
-    model: options.Model,
+    model: options.Model = BUNDLED,
     out: options.Picture = Path("out.png"),
     steps: options.Steps = 50,
     cfg: options.Cfg = 1.0,

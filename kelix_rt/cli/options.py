@@ -11,7 +11,9 @@ from kelix_rt.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint directory or hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Checkpoint directory, hub id, or kelix-tiny.")
+]
 Dit = Annotated[
     str | None, typer.Option("--dit", help="Image DiT; default: dit/ of the model where it exists.")
 ]

@@ -95,7 +95,8 @@ class ImageProcessor:
     Field names are those of `preprocessor_config.json`; the defaults are those of the published
     Keye-VL processor. Pixel limits count pixels, patch_size is in pixels, merge_size in patches.
     fetch_min_pixels / fetch_max_pixels are stage A's limits for requests that name none, and
-    max_image_pixels is the largest image opened at all.
+    max_image_pixels is the largest image opened at all. position_markers: template of the text
+    that the model was trained to find in front of each row of tokens (see `PositionMarkers`).
     """
 
     patch_size: int = 14
@@ -109,6 +110,7 @@ class ImageProcessor:
     fetch_min_pixels: int = FETCH_MIN_PIXELS
     fetch_max_pixels: int = FETCH_MAX_PIXELS
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    position_markers: str | None = None
     _table: NDArray[np.float32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from kelix_rt.loading import choose_device
 from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.evaluate import Amounts, show
 from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
-from kelix_rt.train.recipe import CPU, GPU, Sizes
+from kelix_rt.train.recipe import CPU, GPU
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints and logs.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
@@ -117,16 +117,13 @@ def evaluate(
     device: Device = "auto",
     amount: Annotated[float, typer.Option(min=0.0, help="Share of the test samples.")] = 1.0,
     seed: Seed = 0,
-    marker: Annotated[
-        str, typer.Option(help="Template of the position markers in prompts.")
-    ] = Sizes().marker,
     threads: Threads = 0,
 ) -> None:
     """Measure a checkpoint on the test split: a table, evaluation.json and a contact sheet."""
     if threads:
         torch.set_num_threads(threads)
     amounts = Amounts(seed=seed).scaled(amount)
-    show(evaluate_folder(checkpoint, out, amounts, marker, choose_device(device)), Console())
+    show(evaluate_folder(checkpoint, out, amounts, choose_device(device)), Console())
 
 
 def main() -> None:

@@ -16,7 +16,14 @@ from kelix_rt.train.pictures import CodedPicture, Subject
 from kelix_rt.train.pure_text import text_sample
 from kelix_rt.train.world_questions import questions
 from kelix_rt.train.world_scene import Scene
-from kelix_rt.train.world_text import Question, caption, caption_question, prompt
+from kelix_rt.train.world_text import (
+    Question,
+    caption,
+    caption_question,
+    inventory,
+    inventory_question,
+    prompt,
+)
 
 # Distances of special ids to <|endoftext|>, as in the release's vocabulary.
 MESSAGE_END = 2
@@ -65,20 +72,14 @@ def completion_mask(ids: Sequence[int], header: Sequence[int], message_end: int)
 class ChatBuilder:
     """Turns scenes into documents with the checkpoint's own tokenizer, template and markers.
 
-    processor: with the position markers that drawings are written with. prompt_markers: how often
-    (0 to 1) the pictures of a user's message carry markers too; below 1 the model also reads
-    prompts without them. end_of_text: closes every document.
+    processor: with the position markers that stand in prompts and drawings alike.
     """
 
-    def __init__(
-        self, processor: ChatProcessor, config: QwenConfig, prompt_markers: float = 0.5
-    ) -> None:
+    def __init__(self, processor: ChatProcessor, config: QwenConfig) -> None:
         if config.pad_token_id is None or config.image_token_id is None:
             raise ConfigError("ChatBuilder: qwen_config needs pad_token_id and image_token_id")
         self._text = processor.text
-        self._marked = processor
-        self._bare = ChatProcessor(processor.text, processor.images, config)
-        self._prompt_markers = prompt_markers
+        self._processor = processor
         self._num_codes = config.n_q_tokens
         self._image_id = config.image_token_id
         self._end_of_text = config.pad_token_id
@@ -87,13 +88,13 @@ class ChatBuilder:
         start, end = config.vision_start_token_id, config.vision_end_token_id
         if start is None or end is None:
             raise ConfigError("ChatBuilder: qwen_config needs vision_start and vision_end ids")
+        self._limits = start, end
         self.image = "".join(map(processor.text.token, (start, self._image_id, end)))
 
     def chat(
         self,
         turns: Sequence[tuple[str, str]],
         pictures: Sequence[CodedPicture] = (),
-        markers: bool = True,
     ) -> Document:
         """A chat of (role, content) turns, content with `self.image` once per picture in order.
 
@@ -101,24 +102,21 @@ class ChatBuilder:
         """
         messages = [{"role": role, "content": content} for role, content in turns]
         ids = self._text.encode(self._text.render(messages, add_generation_prompt=False))
-        document = self._document(ids, pictures, markers)
+        document = self._document(ids, pictures)
         return replace(
             document, counted=completion_mask(document.ids, self._header, self._message_end)
         )
 
     def plain(self, text: str, pictures: Sequence[CodedPicture] = ()) -> Document:
         """Text (with `self.image` per picture) outside of any chat; every position counts."""
-        return self._document(self._text.encode(text), pictures, True)
+        return self._document(self._text.encode(text), pictures)
 
-    def _document(
-        self, ids: list[int], pictures: Sequence[CodedPicture], markers: bool
-    ) -> Document:
-        processor = self._marked if markers else self._bare
+    def _document(self, ids: list[int], pictures: Sequence[CodedPicture]) -> Document:
         remaining = iter(pictures)
         expanded: list[int] = []
         for id_ in ids:
             if id_ == self._image_id:
-                expanded += processor.image_ids(next(remaining).grid)
+                expanded += self._processor.image_ids(next(remaining).grid)
             else:
                 expanded.append(id_)
         if next(remaining, None) is not None:
@@ -128,15 +126,31 @@ class ChatBuilder:
         codes = torch.cat(rows) if rows else torch.empty(0, self._num_codes, dtype=torch.int64)
         return Document(expanded, codes, []).counting_all()
 
-    def answers(
-        self, picture: CodedPicture, asked: Sequence[Question], rng: random.Random
-    ) -> Document:
+    def answers(self, picture: CodedPicture, asked: Sequence[Question]) -> Document:
         """Questions about one picture, one turn each; the first one carries the picture."""
         turns = []
         for number, question in enumerate(asked):
             content = self.image + question.text if number == 0 else question.text
             turns += [("user", content), ("assistant", question.answer)]
-        return self.chat(turns, [picture], markers=rng.random() < self._prompt_markers)
+        return self.chat(turns, [picture])
+
+    def codes_of_image(self, document: Document) -> list[bool]:
+        """Which positions from vision_start to vision_end of its first image are codes."""
+        begin, end = (document.ids.index(id_) for id_ in self._limits)
+        return [id_ == self._image_id for id_ in document.ids[begin : end + 1]]
+
+    def lines(self, shown: CodedPicture | str, asked: Sequence[Question]) -> Document:
+        """The same without a chat, a line per question: a third of the positions, and the answer
+        stands right behind its question. Only the answers count."""
+        front, pictures = (shown, []) if isinstance(shown, str) else (self.image, [shown])
+        document = self._document(self._text.encode(front + "\n"), pictures)
+        ids, counted = document.ids[:-1], [False] * (len(document.ids) - 1)
+        for question in asked:
+            for text, counts in ((question.text, False), (f" {question.answer}\n", True)):
+                piece = self._text.encode(text)
+                ids += piece
+                counted += [counts] * len(piece)
+        return Document([*ids, self._end_of_text], document.codes, [*counted, False])
 
 
 Task = Callable[[ChatBuilder, Subject, random.Random], Document]
@@ -148,9 +162,13 @@ def _text(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
 
 
 def _told(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """The scene in words alone: questions follow from the caption in front of them."""
-    asked = [f"{question.text} {question.answer}" for question in _some(subject.scene, rng, 4)]
-    return chats.plain("\n".join((caption(subject.scene, rng), *asked)))
+    """The scene in words alone, with questions: what a language model brings along."""
+    return chats.lines(inventory(subject.scene), _some(subject.scene, rng, 12))
+
+
+def _shown(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The same about a picture."""
+    return chats.lines(subject.seen(rng), _some(subject.scene, rng, 12))
 
 
 def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -161,17 +179,37 @@ def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     return chats.plain("\n".join(parts), [subject.drawing()])
 
 
+def _told_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """`_told` with what is learned last: how things lie to each other, where they do."""
+    return chats.lines(inventory(subject.scene), _relations(subject.scene, rng, 8))
+
+
+def _shown_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The same about a picture."""
+    return chats.lines(subject.seen(rng), _relations(subject.scene, rng, 8))
+
+
 def _caption(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     asked = Question("caption", caption_question(rng), caption(subject.scene, rng))
-    return chats.answers(subject.seen(rng), [asked], rng)
+    return chats.answers(subject.seen(rng), [asked])
+
+
+def _inventory(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """Every object with its place: the most words about a picture that one document can hold."""
+    asked = [Question("inventory", inventory_question(rng), inventory(subject.scene))]
+    return chats.answers(subject.seen(rng), asked)
 
 
 def _questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 8), rng)
+    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 8))
 
 
 def _one_question(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 1), rng)
+    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 1))
+
+
+def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    return chats.answers(subject.seen(rng), _relations(subject.scene, rng, 6))
 
 
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -184,16 +222,28 @@ def drawing(chats: ChatBuilder, request: str, picture: CodedPicture) -> Document
 
 
 def _some(scene: Scene, rng: random.Random, most: int) -> list[Question]:
-    known = questions(scene, rng)
+    known = list(dict.fromkeys((*questions(scene, rng), *questions(scene, rng))))
     return rng.sample(known, min(most, len(known)))
+
+
+def _relations(scene: Scene, rng: random.Random, most: int) -> list[Question]:
+    """Questions about relations as far as the scene has any, else any questions."""
+    known = [question for _ in range(most) for question in questions(scene, rng)]
+    related = [question for question in known if question.kind == "relation"]
+    return list(dict.fromkeys(related or known))[:most]
 
 
 TASKS: Mapping[str, Task] = {
     "text": _text,
     "told": _told,
+    "shown": _shown,
+    "told relations": _told_relations,
+    "shown relations": _shown_relations,
     "pair": _pair,
     "caption": _caption,
+    "inventory": _inventory,
     "questions": _questions,
+    "relation questions": _relation_questions,
     "one_question": _one_question,
     "draw": _draw,
 }

@@ -9,22 +9,25 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from rich.progress import track
+from torch import Tensor
 from torch.nn import functional as F
 
-from kelix_rt.config import SanaConfig
 from kelix_rt.models.condition import build_condition, find_condition
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.dit_condition import merge_conditions
+from kelix_rt.models.dit_positions import grid_positions
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vae import decode
 from kelix_rt.stages.denoise import sample
 from kelix_rt.stages.schedules import TRAIN_STEPS
 from kelix_rt.train.chats import ChatBuilder, Document, drawing
+from kelix_rt.train.detokenizer_start import look_where_it_lies
 from kelix_rt.train.language import pack
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, scene_of, to_images
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 STAGES = ("1", "2")
 SHIFT = 3.0
+_TOGETHER, _STARTED_FROM = 32, 256
 SHOWN, SHOWN_EVERY, SHOWN_STEPS = 8, 500, 12  # pictures on a sheet, steps between, denoise steps
 
 
@@ -105,38 +109,6 @@ def flow_loss(
     return {"loss": F.mse_loss(velocity.float(), wanted[order].float())}
 
 
-def new_dit(config: SanaConfig, device: torch.device | str, seed: int) -> KelixDiT:
-    """A DiT with random weights.
-
-    As SANA starts: Linear layers Xavier-uniform with zero biases, time and caption layers normal
-    with standard deviation 0.02, the final layer zero. As Kelix-DiT starts: the connector's norm
-    weight zero, so that the condition begins as nothing. The cross-attention's output layers are
-    not zero, as SANA's would be: with a zero condition they would never get a gradient.
-    """
-    dit = KelixDiT(config).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in dit.named_parameters():
-        if name == "modulation_table":
-            nn.init.normal_(parameter, std=config.hidden_size**-0.5, generator=generator)
-        elif name == "y_embedding":
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        elif name == "connector_norm" or name.startswith("final.") or name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif name == "y_norm":
-            nn.init.constant_(parameter, config.y_norm_scale_factor)
-        elif parameter.dim() == 1:
-            nn.init.ones_(parameter)  # norms of queries and keys
-        elif name.startswith(("time_", "caption_")):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        elif "depth_weight" in name:
-            nn.init.uniform_(parameter, -1 / 3, 1 / 3, generator=generator)
-        else:
-            nn.init.xavier_uniform_(parameter, generator=generator)
-    dit.requires_grad_(True)
-    dit.y_embedding.requires_grad_(False)  # a buffer in the release: never optimised
-    return dit.to(device)
-
-
 @dataclass(frozen=True)
 class DetokenizerTrainer:
     """Everything the stages of the DiT need. latents: [pictures, C, h, w] in the DiT's scale.
@@ -162,28 +134,51 @@ class DetokenizerTrainer:
             raise ValueError("DetokenizerTrainer.run: no stage was named")
         return result
 
+    @cached_property
+    def told(self) -> tuple[Tensor, Tensor]:
+        """Conditions [pictures, L, D] bfloat16 and masks [pictures, L] of one request per picture,
+        on the model's device. Made once: the language model is frozen."""
+        length = len(self.dit.y_embedding)
+        found = []
+        indices = range(self.pictures.count)
+        for start in track(indices[::_TOGETHER], description="reading the training pictures"):
+            documents = [self._document(index) for index in indices[start : start + _TOGETHER]]
+            embeds, mask = conditions(self.model, documents, length)
+            found.append((embeds.bfloat16(), mask))
+        return torch.cat([embeds for embeds, _ in found]), torch.cat([mask for _, mask in found])
+
     def batch(self, name: str, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, conditions and masks of one step; every request is worded anew."""
+        """Latents, conditions and masks of one step."""
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {name} {step}")
         size = self.recipe.detokenizer[name].batch
-        return self._targets([rng.randrange(self.pictures.count) for _ in range(size)], rng)
+        return self._targets([rng.randrange(self.pictures.count) for _ in range(size)])
 
-    def _targets(self, indices: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-        documents = [self._document(index, rng) for index in indices]
-        condition, mask = conditions(self.model, documents, len(self.dit.y_embedding))
+    def _targets(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        condition, mask = self.told
         clean = self.latents[indices].to(self.dit.device, torch.float32)
-        return clean, condition, mask
+        return clean, condition[indices].float(), mask[indices]
 
-    def _document(self, index: int, rng: random.Random) -> Document:
+    def _document(self, index: int) -> Document:
+        rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
         request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.drawing(index))
+
+    def _places(self) -> Tensor:
+        """Row and column [L, 2] of the latent that each row of a condition belongs to, or -1."""
+        rows, columns = (length // 2 for length in self.pictures.drawing(0).grid[1:])
+        side = self.latents.shape[-1]
+        flags = torch.tensor(self.chats.codes_of_image(self._document(0)))
+        places = torch.full((len(self.dit.y_embedding), 2), -1)
+        scale = torch.tensor([rows, columns])
+        places[: len(flags)][flags] = grid_positions(rows, columns) * side // scale
+        return places
 
     def _show(self, name: str, step: int) -> None:
         """Every so often: decoded latents above what is drawn, as detokenizer-<stage>.png."""
         if step % SHOWN_EVERY and step != self.recipe.detokenizer[name].steps:
             return
-        shown = range(min(SHOWN, self.pictures.count))
-        clean, condition, mask = self._targets(shown, random.Random("kelix detokenizer sheet"))
+        shown = list(range(min(SHOWN, self.pictures.count)))
+        clean, condition, mask = self._targets(shown)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
         drawn = sample(self.dit, condition, mask, noise, SHOWN_STEPS)[-1]
         rows = [to_images(decode(self.vae, latent)) for latent in (clean, drawn)]
@@ -194,6 +189,9 @@ class DetokenizerTrainer:
         order = STAGES.index(name)
         if order:
             load_modules(self.out / f"detokenizer-{STAGES[order - 1]}.pt", {"dit": dit})
+        elif not (self.out / f"detokenizer-{name}.pt").exists():
+            places = self._places().to(dit.device)
+            look_where_it_lies(dit, self.told[0][:_STARTED_FROM].float(), places, self.recipe.seed)
         self.model.requires_grad_(False)
         dropout = dit.config.class_dropout_prob
 

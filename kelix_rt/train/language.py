@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from kelix_rt.config import KelixConfig
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.train.chats import TASKS, ChatBuilder, Document
+from kelix_rt.train.language_start import EMBEDDING_STD
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, Subject, scene_of
 from kelix_rt.train.recipe import Recipe, Stage
@@ -31,7 +31,6 @@ from kelix_rt.train.states import load_modules
 
 STAGES = ("warmup", "1", "2.1", "2.2", "3", "4")
 ALIGNED = "1"  # the stage with an aligner instead of visual rows in the table
-EMBEDDING_STD = 0.05
 
 
 @dataclass(frozen=True)
@@ -144,26 +143,6 @@ def fused_rows(tokenizer: VisionTokenizer) -> Tensor:
     rows = torch.einsum("jkd,jod->jko", tokenizer.codebooks, tokenizer.up_projectors)
     share = 1.0 if tokenizer.config.fusion_type == "sum" else 1 / len(rows)
     return rows.flatten(0, 1) * share
-
-
-def new_language_model(config: KelixConfig, device: torch.device | str, seed: int) -> KelixLM:
-    """A model with random weights: normal by fan-in, residual branches scaled by their number."""
-    model = KelixLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    depth = (2 * config.qwen_config.num_layers) ** -0.5
-    for name, parameter in model.named_parameters():
-        if "norm" in name or parameter.dim() < 2:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-            continue
-        std = parameter.shape[1] ** -0.5
-        if name == "embeddings" or "position_embedding" in name:
-            std = EMBEDDING_STD
-        elif name.endswith(("output.weight", "down.weight", "output_linear.weight")):
-            std *= depth
-        nn.init.normal_(parameter, std=std, generator=generator)
-    model = model.to(device)
-    model.prepare()
-    return model
 
 
 @dataclass(frozen=True)

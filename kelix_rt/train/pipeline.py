@@ -28,8 +28,10 @@ from kelix_rt.train import language as language_part
 from kelix_rt.train import tokenizer as tokenizer_part
 from kelix_rt.train.ablations import ablate
 from kelix_rt.train.chats import ChatBuilder
+from kelix_rt.train.detokenizer_start import new_dit
 from kelix_rt.train.evaluate import Amounts, evaluate
 from kelix_rt.train.export import TrainedParts, export, own_centres, require_checkpoint_world
+from kelix_rt.train.language_start import new_language_model
 from kelix_rt.train.pictures import PictureCodes, encode_latents, encode_pictures
 from kelix_rt.train.recipe import Recipe, dit_config, language_config, tokenizer_config
 from kelix_rt.train.states import load_modules
@@ -96,9 +98,7 @@ class Pipeline:
 
     def evaluate(self, amounts: Amounts) -> dict[str, Any]:
         """Measures the finished checkpoint; raises ConfigError when it is of another world."""
-        return evaluate_folder(
-            self.checkpoint, self.out / "evaluation", amounts, self.recipe.sizes.marker, self.device
-        )
+        return evaluate_folder(self.checkpoint, self.out / "evaluation", amounts, self.device)
 
     def ablate(self, pictures: int, **options: Any) -> dict[str, Any]:
         """Variants of the tokenizer, see `ablations.ablate`; needs the tokenizer's warm-up."""
@@ -185,7 +185,7 @@ class Pipeline:
         )
 
     def _new_language_model(self) -> KelixLM:
-        return language_part.new_language_model(self.config, self.device, self.recipe.seed)
+        return new_language_model(self.config, self.device, self.recipe.seed)
 
     @cached_property
     def _language_trainer(self) -> language_part.LanguageTrainer:
@@ -199,7 +199,7 @@ class Pipeline:
         model = self._new_language_model()
         path = self.out / "language" / f"language-{language_part.STAGES[-1]}.pt"
         load_modules(path, {"model": model})
-        dit = detokenizer_part.new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
+        dit = new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
         return detokenizer_part.DetokenizerTrainer(
             dit, model.eval(), self.chats, self.pictures, self.latents, self.vae, self.recipe,
             self.out / "detokenizer",
@@ -207,14 +207,11 @@ class Pipeline:
 
 
 def evaluate_folder(
-    checkpoint: Path, out: Path, amounts: Amounts, marker: str, device: torch.device
+    checkpoint: Path, out: Path, amounts: Amounts, device: torch.device
 ) -> dict[str, Any]:
-    """Measures a checkpoint directory. marker: template of the position markers of its training.
-
-    Raises ConfigError when it was trained on another version of the world.
-    """
+    """Measures a checkpoint directory; ConfigError when it is of another version of the world."""
     require_checkpoint_world(checkpoint)
-    engine = Engine.from_pretrained(checkpoint, device=device, position_markers=marker)
+    engine = Engine.from_pretrained(checkpoint, device=device)
     return evaluate(engine, amounts, out)
 
 
@@ -248,9 +245,8 @@ def model_card(recipe: Recipe) -> str:
             "pictures drawn by a program; no other data. The language model and the DiT saw "
             f"{recipe.pictures} of them. The stages are those of the Kelix report, with warm-ups "
             "in place of its pretrained vision transformer and language model. `lm_head`, a copy "
-            "of the head that inference never reads, is left out. Position markers in prompts: "
-            "the engine's option "
-            f'`position_markers="{sizes.marker}"`; prompts without them are understood too.',
+            "of the head that inference never reads, is left out. preprocessor_config.json names "
+            "the position markers, which stand in prompts and drawings alike.",
             "",
             "| part | stage | steps | batch | peak rate |",
             "|---|---|---|---|---|",

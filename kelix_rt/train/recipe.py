@@ -139,16 +139,18 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     def stage(steps: int, lr: float, tasks: Mapping[str, float], **options: Any) -> Stage:
         return Stage(round(steps * share), lr * rate, 50, batch, tasks, **options)
 
-    mixed = {"text": 0.7, "caption": 1.0, "questions": 4.0, "draw": 5.0}
+    asked = {"shown": 2.0, "shown relations": 0.8, "questions": 2.5, "inventory": 0.7}
+    mixed = {"text": 0.4, "told relations": 0.5, "caption": 0.4, "draw": 3.5, **asked}
+    related = {"told relations": 1.2, "shown relations": 1.0, "relation questions": 1.5}
+    late = mixed | {"shown": 1.0, "questions": 3.5, "inventory": 0.3} | related
+    single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {
-        "warmup": stage(500, 1.5e-3, {"text": 1.0, "told": 2.0}, completion_only=False),
-        "1": stage(400, 1.5e-3, {"told": 0.5, "pair": 2.0}, completion_only=False),
-        "2.1": stage(500, 1e-3, {"pair": 2.0, "told": 0.5}, completion_only=False),
-        "2.2": stage(12_000, 1e-3, mixed, lr_floor=0.4),
-        "3": stage(4500, 4e-4, mixed, lr_floor=0.05),
-        "4": stage(
-            500, 1e-4, {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}, lr_floor=0.1
-        ),
+        "warmup": stage(1500, 1e-3, {"told": 3.0, "text": 0.5}, lr_floor=0.3),
+        "1": stage(500, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
+        "2.1": stage(1500, 1e-3, {"shown": 4.0, "pair": 1.0, "told": 0.7}, lr_floor=0.5),
+        "2.2": stage(8000, 8e-4, mixed, lr_floor=0.4),
+        "3": stage(4500, 3e-4, late, lr_floor=0.05),
+        "4": stage(500, 5e-5, single),
     }
 
 
@@ -163,7 +165,7 @@ CPU = Recipe(
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
-        "1": Stage(5200, 1.5e-3, 100, 16, lr_floor=0.3),
+        "1": Stage(4600, 1e-3, 100, 16, lr_floor=0.4),
         "2": Stage(1500, 4e-4, 1, 16, lr_floor=0.02),
     },
 )
@@ -221,6 +223,9 @@ def language_config(sizes: Sizes) -> KelixConfig:
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
+        rope_base=1e4,
+        q_proj_bias=True,
+        k_proj_bias=True,
         intermediate_dim=sizes.ffn,
         max_seq_len=sizes.max_positions,
         pad_token_id=special,
@@ -247,7 +252,8 @@ def language_config(sizes: Sizes) -> KelixConfig:
 
 
 def dit_config(sizes: Sizes) -> SanaConfig:
-    """The image DiT's config, with the options of the release."""
+    """The image DiT's config: the options of the release, and a table of places, because a short
+    training does not find out from the padding of the convolutions where a token lies."""
     return SanaConfig(
         input_size=sizes.drawn_side // sizes.latent_rate,
         in_channels=sizes.latent_channels,
@@ -261,6 +267,7 @@ def dit_config(sizes: Sizes) -> SanaConfig:
         cross_norm=True,
         y_norm_scale_factor=1.0,
         vae_downsample_rate=sizes.latent_rate,
+        use_pe=True,
         use_connector=True,
         connector_channels=sizes.width,
     )

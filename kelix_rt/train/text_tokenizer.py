@@ -109,6 +109,7 @@ def preprocessor(sizes: Sizes) -> dict[str, object]:
         "temporal_patch_size": 1,
         "min_pixels": min(sizes.side, *sizes.other_sides) ** 2,
         "max_pixels": sizes.side**2,
+        "position_markers": sizes.marker,
         "resample": 3,
         "rescale_factor": 1 / 255,
         "image_mean": [0.5, 0.5, 0.5],

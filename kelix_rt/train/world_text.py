@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kelix_rt.train.world_scene import OPPOSITES, Scene, Thing
+from kelix_rt.train.world_scene import CELLS, OPPOSITES, Scene, Thing
 
 # fmt: off
 NUMBERS = (
@@ -48,6 +48,11 @@ CAPTION_QUESTIONS = (
     "what is in the {picture}?",
     "what does the {picture} show?",
 )
+INVENTORY_QUESTIONS = (
+    "what is where?",
+    "what is where in the {picture}?",
+    "describe the {picture} and tell me where the objects are.",
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,22 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def caption_question(rng: random.Random) -> str:
     """A question that a caption answers."""
     return fill(rng.choice(CAPTION_QUESTIONS), "", rng)
+
+
+def inventory(scene: Scene) -> str:
+    """All that is settled: how many objects, then every one by rows, the word, the background."""
+    things = sorted(scene.things, key=lambda thing: CELLS.index(thing.cell))
+    parts = [f"{a(_noun(thing, sized=True))} in the {thing.cell}" for thing in things]
+    if scene.word is not None:
+        parts.append(f"the word {scene.word} {_band_place(scene.band)}")
+    parts.append(f"a {scene.background} background")
+    noun = "object" if len(things) == 1 else "objects"
+    return f"{NUMBERS[len(things)]} {noun}: {listed(parts)}."
+
+
+def inventory_question(rng: random.Random) -> str:
+    """A question that an inventory answers."""
+    return fill(rng.choice(INVENTORY_QUESTIONS), "", rng)
 
 
 def prompt(scene: Scene, rng: random.Random) -> Prompt:

@@ -7,6 +7,7 @@ import torch
 
 from kelix_rt.train.chats import TASKS, completion_mask
 from kelix_rt.train.pictures import CodedPicture, PictureCodes, Subject, scene_of
+from kelix_rt.train.world_text import Question
 from tests.train import tiny
 
 START, PLACE, END, MARK, MARK_END = 356, 359, 357, 386, 387
@@ -50,8 +51,6 @@ def test_a_chat_with_a_picture() -> None:
         range(first, first + len(answer))
     )
     assert torch.equal(document.codes, picture().ids)
-    bare = chats.chat(turns, [picture()], markers=False)
-    assert MARK not in bare.ids and bare.ids.count(PLACE) == 4
 
 
 def test_a_drawn_picture_counts_whole() -> None:
@@ -68,6 +67,24 @@ def test_plain_text_counts_everywhere_but_at_the_start() -> None:
     assert document.ids[-1] == EOT
     chat = tiny.chats().chat([("user", "Hello"), ("assistant", "you")])
     assert chat.counting_all().counted == [False] + [True] * (len(chat.ids) - 1)
+
+
+def test_lines_count_answers_alone() -> None:
+    chats = tiny.chats()
+    asked = [Question("count", "how many?", "two"), Question("word", "which word?", "map")]
+    document = chats.lines(picture(), asked)
+    text = chats._text
+    row = [PLACE, PLACE]
+    rows = [[MARK, *text.encode(str(r)), MARK_END, *row] for r in range(2)]
+    parts = [([START, *rows[0], *rows[1], END, *text.encode("\n")], False)]
+    for question in asked:
+        parts += [(text.encode(question.text), False)]
+        parts += [(text.encode(f" {question.answer}\n"), True)]
+    parts += [([EOT], False)]
+    assert document.ids == [id_ for ids, _ in parts for id_ in ids]
+    assert document.counted == [counts for ids, counts in parts for _ in ids]
+    told = chats.lines("two things", asked)
+    assert PLACE not in told.ids and sum(told.counted) == sum(document.counted)
 
 
 def test_pictures_must_have_places() -> None:
@@ -87,17 +104,3 @@ def test_every_task_makes_a_document(name: str) -> None:
     assert (len(document.codes) > 0) == (name not in ("text", "told"))
     again = TASKS[name](tiny.chats(), subject, random.Random(0))
     assert document.ids == again.ids and document.counted == again.counted
-
-
-def test_markers_in_prompts_are_a_share() -> None:
-    subject = Subject(
-        scene_of(0, 0),
-        PictureCodes(torch.zeros(1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640),
-        0,
-    )
-    with_markers = [
-        MARK in TASKS["caption"](tiny.chats(share), subject, random.Random(i)).ids
-        for share in (0.0, 1.0)
-        for i in range(3)
-    ]
-    assert with_markers == [False] * 3 + [True] * 3

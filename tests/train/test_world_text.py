@@ -17,6 +17,7 @@ from kelix_rt.train.world_text import (
     caption,
     caption_question,
     counted,
+    inventory,
     listed,
     plural,
     prompt,
@@ -124,3 +125,25 @@ def test_grammar() -> None:
     assert plural("red cross") == "red crosses" and plural("ring") == "rings"
     assert counted(1, "ring") == "a ring" and counted(3, "cross") == "three crosses"
     assert listed(["x"]) == "x" and listed(["x", "y", "z"]) == "x, y and z"
+
+
+def test_inventory_names_everything_by_rows() -> None:
+    things = (
+        Thing("ring", "blue", "small", "bottom left"),
+        Thing("star", "orange", "large", "bottom right"),
+    )
+    scene = Scene(things[::-1], "mint", word="map", band="top")
+    assert inventory(scene) == (
+        "two objects: a small blue ring in the bottom left, a large orange star in the bottom "
+        "right, the word map at the top and a mint background."
+    )
+    assert inventory(Scene((), "tan")) == "zero objects: a tan background."
+    assert inventory(Scene(things[:1], "gray")).startswith("one object: a small blue ring")
+
+
+def test_inventories_differ_for_scenes_that_differ() -> None:
+    scenes = make_scenes("train", 300)
+    settled = {
+        (frozenset(s.things), s.background, s.word, s.band if s.word else None) for s in scenes
+    }
+    assert len({inventory(scene) for scene in scenes}) == len(settled)

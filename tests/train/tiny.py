@@ -13,7 +13,8 @@ from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
 from kelix_rt.train.chats import ChatBuilder
-from kelix_rt.train.language import LanguageTrainer, new_language_model
+from kelix_rt.train.language import LanguageTrainer
+from kelix_rt.train.language_start import new_language_model
 from kelix_rt.train.pictures import PictureCodes, encode_pictures
 from kelix_rt.train.recipe import CPU, Recipe, Sizes, Stage
 
@@ -59,12 +60,12 @@ def images() -> ImageProcessor:
     return ImageProcessor.from_pretrained(CHECKPOINT)
 
 
-def chats(prompt_markers: float = 0.5) -> ChatBuilder:
+def chats() -> ChatBuilder:
     qwen = config().qwen_config
     text = TextTokenizer.from_pretrained(CHECKPOINT, vocab_size=qwen.vocab_size)
     end = config().block_end
     markers = PositionMarkers(end + 1, end + 2, "{row}")
-    return ChatBuilder(ChatProcessor(text, images(), qwen, markers), qwen, prompt_markers)
+    return ChatBuilder(ChatProcessor(text, images(), qwen, markers), qwen)
 
 
 def pictures(folder: Path) -> PictureCodes:

@@ -1,0 +1,99 @@
+"""The bundled checkpoint: it loads as every other, agrees with itself, and sees and draws."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kelix_rt import Engine, RenderParams, SamplingParams
+from kelix_rt.assets import BUNDLED, bundled
+from kelix_rt.models.language_model import KelixLM
+from kelix_rt.request import Prompt
+from kelix_rt.train.checker import judge
+from kelix_rt.train.export import MAX_BYTES, require_checkpoint_world
+from kelix_rt.train.world import draw, make_sample
+
+GREEDY = SamplingParams(temperature=0.0, max_blocks=40)
+ASKED = 16  # pictures of the test split
+RIGHT = 0.7  # of their questions; what is measured on all is in docs/kelix-tiny.md
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained(BUNDLED, device="cpu", dtype="float32")
+
+
+def prompts(engine: Engine) -> tuple[list[Prompt], list[str]]:
+    found, answers = [], []
+    for index in range(ASKED):
+        sample = make_sample("test", index)
+        picture = draw(sample.scene, 224)
+        for question in sample.questions:
+            content = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
+            found.append(engine.chat_prompt([{"role": "user", "content": content}]))
+            answers.append(question.answer)
+    return found, answers
+
+
+def texts(engine: Engine, asked: list[Prompt]) -> list[str]:
+    return [(output.text or "").strip() for output in engine.generate(asked, GREEDY)]
+
+
+def test_it_is_small_and_of_this_world() -> None:
+    folder = bundled(BUNDLED)
+    assert folder is not None
+    require_checkpoint_world(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size <= MAX_BYTES
+    assert bundled("kelix-huge") is None
+
+
+def test_it_answers_alike_in_float32_and_bfloat16(engine: Engine) -> None:
+    asked, expected = prompts(engine)
+    exact = texts(engine, asked)
+    rounded = texts(Engine.from_pretrained(BUNDLED, device="cpu", dtype="bfloat16"), asked)
+    agree = sum(a == b for a, b in zip(exact, rounded, strict=True)) / len(asked)
+    assert agree >= 0.95
+    assert sum(a == b for a, b in zip(exact, expected, strict=True)) / len(asked) >= RIGHT
+
+
+def recomputed(model: KelixLM, blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` greedy blocks after `blocks` [S, N+1], each from the whole sequence anew."""
+    end = model.config.block_end
+    for _ in range(count):
+        hidden = model.backbone.run_whole(model.embed_blocks(blocks))[-1:]
+        inputs, ids = hidden.unsqueeze(0), []
+        while len(ids) < blocks.shape[1] and end not in ids:
+            logits = model.head_logits(model.block_decoder(inputs))[0, -1]
+            ids.append(int(logits.argmax()))
+            row = F.embedding(torch.tensor([[ids[-1]]]), model.embeddings)
+            inputs = torch.cat((inputs, row), dim=1)
+        row = torch.full((1, blocks.shape[1]), end)
+        row[0, : len(ids)] = torch.tensor(ids)
+        blocks = torch.cat((blocks, row))
+    return blocks[-count:]
+
+
+def test_blocks_are_those_of_a_full_recomputation(engine: Engine) -> None:
+    sample = make_sample("test", 1)
+    drawing = engine.generate_blocks(engine.drawing_prompt(sample.prompt.text).ids, sampling=GREEDY)
+    count = 30
+    prompt = drawing.ids[: -GREEDY.max_blocks]
+    with torch.inference_mode():
+        expected = recomputed(engine.runner.model, prompt, count)
+    assert torch.equal(drawing.ids[len(prompt) : len(prompt) + count], expected)
+
+
+def test_it_draws_in_time_what_the_checker_reads() -> None:
+    start = time.perf_counter()
+    engine = Engine.from_pretrained(BUNDLED, device="cpu")
+    loaded = time.perf_counter()
+    picture = engine.generate_image("draw a red circle.", render=RenderParams(steps=20, seed=1))
+    drawn = time.perf_counter()
+    assert picture.image.size == (256, 256)
+    print(f"loaded in {loaded - start:.2f} s, drawn in {drawn - loaded:.2f} s")
+    assert drawn - start < 60  # asked are 2 s and 10 s on an idle machine
+    judge(make_sample("test", 0).scene, picture.image)
