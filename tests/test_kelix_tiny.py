@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from kelix_rt import Engine, RenderParams, SamplingParams
 from kelix_rt.assets import BUNDLED, bundled
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.request import Prompt
-from kelix_rt.train.checker import judge
+from kelix_rt.train.evaluate import Amounts, drawings, judged
 from kelix_rt.train.export import MAX_BYTES, require_checkpoint_world
 from kelix_rt.train.world import draw, make_sample
 
 GREEDY = SamplingParams(temperature=0.0, max_blocks=40)
 ASKED = 16  # pictures of the test split
+DRAWN = 12
+SHOWN = {"background": 0.8, "count": 0.5, "colour": 0.4}  # of them
 RIGHT = 0.7  # of their questions; what is measured on all is in docs/kelix-tiny.md
 
 
@@ -78,22 +81,34 @@ def recomputed(model: KelixLM, blocks: torch.Tensor, count: int) -> torch.Tensor
 
 
 def test_blocks_are_those_of_a_full_recomputation(engine: Engine) -> None:
-    sample = make_sample("test", 1)
-    drawing = engine.generate_blocks(engine.drawing_prompt(sample.prompt.text).ids, sampling=GREEDY)
-    count = 30
-    prompt = drawing.ids[: -GREEDY.max_blocks]
-    with torch.inference_mode():
-        expected = recomputed(engine.runner.model, prompt, count)
-    assert torch.equal(drawing.ids[len(prompt) : len(prompt) + count], expected)
+    """A whole drawing, and an answer about a picture."""
+    prompt = engine.drawing_prompt(make_sample("test", 1).prompt.text)
+    for given in (prompt, prompts(engine)[0][0]):
+        number = engine.add_request(given, replace(GREEDY, max_blocks=100))
+        sequence = engine._requests[number]
+        output = engine._run_one(number)
+        rows = torch.from_numpy(sequence.rows[: sequence.length])
+        count = len(output.blocks)
+        with torch.inference_mode():
+            expected = recomputed(engine.runner.model, rows[:-count], count)
+        assert torch.equal(rows[-count:], expected)
+    assert count < 40  # the answer was short; the drawing had a picture's blocks
 
 
-def test_it_draws_in_time_what_the_checker_reads() -> None:
+def test_it_loads_and_draws_in_time() -> None:
     start = time.perf_counter()
     engine = Engine.from_pretrained(BUNDLED, device="cpu")
     loaded = time.perf_counter()
     picture = engine.generate_image("draw a red circle.", render=RenderParams(steps=20, seed=1))
     drawn = time.perf_counter()
     assert picture.image.size == (256, 256)
-    print(f"loaded in {loaded - start:.2f} s, drawn in {drawn - loaded:.2f} s")
-    assert drawn - start < 60  # asked are 2 s and 10 s on an idle machine
-    judge(make_sample("test", 0).scene, picture.image)
+    # Aimed at are 2 s and 10 s on two idle cores (docs/kelix-tiny.md); machines may be busy.
+    assert loaded - start < 6
+    assert drawn - loaded < 30
+
+
+def test_the_checker_reads_most_of_what_it_draws(engine: Engine) -> None:
+    samples = [make_sample("test", i) for i in range(DRAWN)]
+    scores = judged(samples, drawings(engine, samples, Amounts(drawn=DRAWN)))
+    for name, least in SHOWN.items():
+        assert scores[name]["accuracy"] >= least, (name, scores[name])

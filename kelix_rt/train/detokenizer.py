@@ -135,7 +135,7 @@ class DetokenizerTrainer:
         return result
 
     @cached_property
-    def told(self) -> tuple[Tensor, Tensor]:
+    def picture_conditions(self) -> tuple[Tensor, Tensor]:
         """Conditions [pictures, L, D] bfloat16 and masks [pictures, L] of one request per picture,
         on the model's device. Made once: the language model is frozen."""
         length = len(self.dit.y_embedding)
@@ -154,7 +154,7 @@ class DetokenizerTrainer:
         return self._targets([rng.randrange(self.pictures.count) for _ in range(size)])
 
     def _targets(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        condition, mask = self.told
+        condition, mask = self.picture_conditions
         clean = self.latents[indices].to(self.dit.device, torch.float32)
         return clean, condition[indices].float(), mask[indices]
 
@@ -191,7 +191,8 @@ class DetokenizerTrainer:
             load_modules(self.out / f"detokenizer-{STAGES[order - 1]}.pt", {"dit": dit})
         elif not (self.out / f"detokenizer-{name}.pt").exists():
             places = self._places().to(dit.device)
-            look_where_it_lies(dit, self.told[0][:_STARTED_FROM].float(), places, self.recipe.seed)
+            embeds, _ = self.picture_conditions
+            look_where_it_lies(dit, embeds[:_STARTED_FROM].float(), places, self.recipe.seed)
         self.model.requires_grad_(False)
         dropout = dit.config.class_dropout_prob
 

@@ -166,7 +166,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(4600, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(1500, 4e-4, 1, 16, lr_floor=0.02),
+        "2": Stage(2600, 5e-4, 1, 16, lr_floor=0.02),
     },
 )
 
