@@ -13,14 +13,11 @@ from kelix_rt import Engine, RenderParams, SamplingParams
 from kelix_rt.assets import BUNDLED, bundled
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.request import Prompt
-from kelix_rt.train.evaluate import Amounts, drawings, judged
 from kelix_rt.train.export import MAX_BYTES, require_checkpoint_world
 from kelix_rt.train.world import draw, make_sample
 
 GREEDY = SamplingParams(temperature=0.0, max_blocks=40)
 ASKED = 16  # pictures of the test split
-DRAWN = 12
-SHOWN = {"background": 0.8, "count": 0.5, "colour": 0.4}  # of them
 RIGHT = 0.7  # of their questions; what is measured on all is in docs/kelix-tiny.md
 
 
@@ -105,10 +102,3 @@ def test_it_loads_and_draws_in_time() -> None:
     # Aimed at are 2 s and 10 s on two idle cores (docs/kelix-tiny.md); machines may be busy.
     assert loaded - start < 6
     assert drawn - loaded < 30
-
-
-def test_the_checker_reads_most_of_what_it_draws(engine: Engine) -> None:
-    samples = [make_sample("test", i) for i in range(DRAWN)]
-    scores = judged(samples, drawings(engine, samples, Amounts(drawn=DRAWN)))
-    for name, least in SHOWN.items():
-        assert scores[name]["accuracy"] >= least, (name, scores[name])
