@@ -241,7 +241,7 @@ def model_card(recipe: Recipe) -> str:
             f"pixels in ({sizes.tokens_per_side} x {sizes.tokens_per_side} codes) and "
             f"{sizes.drawn_side} pixels out. Weights are bfloat16.",
             "",
-            f"Trained from nothing by `python -m kelix_rt.train all`, seed {recipe.seed}, on "
+            f"Trained from nothing by the recipe of `kelix_rt.train`, seed {recipe.seed}, on "
             "pictures drawn by a program; no other data. The language model and the DiT saw "
             f"{recipe.pictures} of them. The stages are those of the Kelix report, with warm-ups "
             "in place of its pretrained vision transformer and language model. `lm_head`, a copy "
