@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def marked_rows(engine: Engine) -> list[list[int]]:
     ]
     ids = list(engine.chat_prompt([{"role": "user", "content": content}]).ids)
     starts = [i for i, id_ in enumerate(ids) if id_ == engine.config.block_end + 1]
-    return [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    return [ids[a:b] for a, b in pairwise([*starts, len(ids)])]
 
 
 def test_position_markers_stand_in_front_of_every_image_row(golden: Path) -> None:

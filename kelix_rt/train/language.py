@@ -3,8 +3,8 @@
 A text warm-up stands in for the pretrained Qwen3 of the report. Then: 1 aligns the visual codes
 (backbone layers and text embedding frozen; a linear aligner maps the tokenizer's fused embedding
 to the model's width); the aligned rows and the text rows become one table; 2.1 pictures and text
-interleaved, all parameters; 2.2 all tasks, only the assistant's words count from here on; 3
-annealing; 4 fine-tuning on single tasks.
+interleaved, all parameters; 2.2 all tasks; 3 annealing; 4 fine-tuning on single tasks. Of questions
+only the answers count, in every stage; a picture beside its caption counts whole.
 """
 
 from __future__ import annotations
@@ -177,8 +177,7 @@ class LanguageTrainer:
         while sum(len(document.ids) for document in found) < stage.batch:
             index = rng.randrange(self.pictures.count)
             subject = Subject(scene_of(index, self.recipe.seed), self.pictures, index)
-            document = TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng)
-            found.append(document if stage.completion_only else document.counting_all())
+            found.append(TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng))
         return found
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:

@@ -83,7 +83,7 @@ class Stage:
     """One stage of one part: how long, how fast, on what.
 
     tasks: how often each kind of sample is drawn (see `kelix_rt.train.chats.TASKS`).
-    completion_only: only assistant turns count. batch: samples (language model: positions).
+    batch: samples (language model: positions).
     """
 
     steps: int
@@ -91,7 +91,6 @@ class Stage:
     warmup: int
     batch: int
     tasks: Mapping[str, float] = field(default_factory=dict)
-    completion_only: bool = True
     lr_floor: float = 0.1
 
     def scaled(self, budget: float) -> Stage:

@@ -142,7 +142,7 @@ def test_inventory_names_everything_by_rows() -> None:
 
 
 def test_inventories_differ_for_scenes_that_differ() -> None:
-    scenes = make_scenes("train", 300)
+    scenes = list(make_scenes("train", 300))
     settled = {
         (frozenset(s.things), s.background, s.word, s.band if s.word else None) for s in scenes
     }

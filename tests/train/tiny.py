@@ -26,9 +26,9 @@ RECIPE: Recipe = replace(
     sizes=Sizes(side=SIDE, other_sides=(OTHER,)),
     pictures=3,
     language={
-        "warmup": replace(STAGE, tasks={"told": 1.0, "text": 1.0}, completion_only=False),
-        "1": replace(STAGE, tasks={"pair": 1.0}, completion_only=False),
-        "2.1": replace(STAGE, tasks={"pair": 1.0}, completion_only=False),
+        "warmup": replace(STAGE, tasks={"told": 1.0, "text": 1.0}),
+        "1": replace(STAGE, tasks={"pair": 1.0}),
+        "2.1": replace(STAGE, tasks={"pair": 1.0}),
         "2.2": STAGE,
         "3": STAGE,
         "4": replace(STAGE, tasks={"one_question": 1.0, "draw": 1.0}),
