@@ -20,6 +20,7 @@ from kelix_rt.train.world_text import (
     Question,
     caption,
     caption_question,
+    full_request,
     inventory,
     inventory_question,
     prompt,
@@ -216,6 +217,11 @@ def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     return drawing(chats, prompt(subject.scene, rng).text, subject.drawing())
 
 
+def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The same when every place is told: which words a code hangs on is then never a guess."""
+    return drawing(chats, full_request(subject.scene, rng), subject.drawing())
+
+
 def drawing(chats: ChatBuilder, request: str, picture: CodedPicture) -> Document:
     """A request and the picture that answers it."""
     return chats.chat([("user", request), ("assistant", chats.image)], [picture])
@@ -246,4 +252,5 @@ TASKS: Mapping[str, Task] = {
     "relation questions": _relation_questions,
     "one_question": _one_question,
     "draw": _draw,
+    "draw exactly": _draw_exactly,
 }

@@ -141,14 +141,15 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     asked = {"shown": 2.0, "shown relations": 0.8, "questions": 2.5, "inventory": 0.7}
     mixed = {"text": 0.4, "told relations": 0.5, "caption": 0.4, "draw": 3.5, **asked}
     related = {"told relations": 1.2, "shown relations": 1.0, "relation questions": 1.5}
-    late = mixed | {"shown": 1.0, "questions": 3.5, "inventory": 0.3} | related
+    drawn = {"draw": 7.0, "draw exactly": 5.0}
+    late = mixed | {"shown": 1.0, "questions": 3.0, "inventory": 0.3} | related | drawn
     single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {
         "warmup": stage(1500, 1e-3, {"told": 3.0, "text": 0.5}, lr_floor=0.3),
         "1": stage(500, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1500, 1e-3, {"shown": 4.0, "pair": 1.0, "told": 0.7}, lr_floor=0.5),
         "2.2": stage(8000, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(4500, 3e-4, late, lr_floor=0.05),
+        "3": stage(7500, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 

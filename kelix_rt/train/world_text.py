@@ -98,6 +98,11 @@ def inventory_question(rng: random.Random) -> str:
     return fill(rng.choice(INVENTORY_QUESTIONS), "", rng)
 
 
+def full_request(scene: Scene, rng: random.Random) -> str:
+    """A drawing request that leaves nothing open: the inventory."""
+    return fill(rng.choice(REQUESTS), inventory(scene).removesuffix("."), rng)
+
+
 def prompt(scene: Scene, rng: random.Random) -> Prompt:
     """A drawing request in varied wording. It always states the objects and their relation."""
     told = description(scene, rng)
