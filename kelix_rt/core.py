@@ -84,19 +84,19 @@ class EngineCore(Loop):
             sequence.pixels = (prompt.pixel_values, prompt.image_grid_thw)
         return self.submit(sequence)
 
-    def add_forced_image(self, prompt: Any, codes: Tensor, render: RenderParams) -> int:
-        """Queues the drawing of an image whose codes [T, N] are known; see add_request."""
+    def add_forced_image(self, prompt: Any, blocks: np.ndarray, render: RenderParams) -> int:
+        """Queues the drawing of an image whose blocks [n, N+1] are known, see
+        `Runner.image_blocks`; errors as add_request."""
         self.runner.render_stage().latent_shape(render)
         given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         rows, _ = prompt_rows(
             drawing_prompt(given, self.config), self.config, self.runner.model.expand
         )
-        blocks = self.runner.image_blocks(codes)
         longest = min(self.options.max_condition_length - 1, self.max_positions - len(rows))
         if len(blocks) > longest:
             raise InputError(
-                f"reconstruct: an image of {len(codes)} blocks does not fit, there is room for "
-                f"{longest - 1}; encode it at a smaller size"
+                f"reconstruct: an image of {len(blocks) - 1} blocks does not fit, there is room "
+                f"for {longest - 1}; encode it at a smaller size"
             )
         ends = EndRules(frozenset(), len(blocks), self.config.qwen_config.vision_end_token_id)
         sequence = self._sequence(rows, GREEDY_DRAWING, ends, len(rows) - 1, render)

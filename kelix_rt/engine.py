@@ -97,14 +97,28 @@ class Engine(EngineCore):
             self.directory, self.options.trust_remote_code, self.config.qwen_config.vocab_size
         )
 
+    @property
+    def _marker_template(self) -> str | None:
+        """The position markers' text; None or "" where images have none."""
+        chosen = self.options.position_markers
+        return self.images.position_markers if chosen is None else chosen
+
     @cached_property
     def processor(self) -> ChatProcessor:
         """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
-        end, template = self.config.block_end, self.options.position_markers
-        if template is None:
-            template = self.images.position_markers
+        end, template = self.config.block_end, self._marker_template
         markers = PositionMarkers(end + 1, end + 2, template) if template else None
         return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
+
+    def warm_up(self) -> None:
+        """Loads now what otherwise comes with the first use: text tokenizer and autoencoder.
+
+        Raises ConfigError or WeightError as that use would.
+        """
+        if self.has_text:
+            _ = self.text
+        if self.runner.render is not None:
+            _ = self.runner.render.vae.module
 
     def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images.
@@ -176,8 +190,24 @@ class Engine(EngineCore):
         """
         self.runner.render_stage()
         codes = self.encode_image(image, size=size)
+        return self._image(self.add_reconstruction(codes, prompt, render))
+
+    def add_reconstruction(
+        self,
+        image: ImageCodes,
+        prompt: str | PromptLike | None = None,
+        render: RenderParams | None = None,
+    ) -> int:
+        """Queues the drawing of an image from its codes and returns the request's number.
+
+        Position markers stand in front of its rows where prompts and drawings have them. Raises
+        what add_request raises.
+        """
+        template = self._marker_template
+        layout = self.processor.image_ids(image.grid) if template else None
         before = self.drawing_prompt(prompt if prompt is not None else [self.runner.vision_start])
-        return self._image(self.add_forced_image(before, codes.codes, render or RenderParams()))
+        blocks = self.runner.image_blocks(image.codes, layout)
+        return self.add_forced_image(before, blocks, render or RenderParams())
 
     def generate(
         self, prompts: Items[PromptLike], sampling: SamplingParams | None = None

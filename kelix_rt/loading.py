@@ -17,6 +17,7 @@ from kelix_rt.memory import available_bytes, choose_pages, max_positions
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.runner import Runner
 from kelix_rt.scheduler import Scheduler
+from kelix_rt.stages.render import RenderStage
 from kelix_rt.weights import OnTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,8 +56,6 @@ def load_parts(
     dit_path, vae_path = find_drawing(directory, dit, vae)
     render = None
     if dit_path is not None and vae_path is not None:
-        from kelix_rt.stages.render import RenderStage  # brings diffusers, which is slow to import
-
         # The release runs all of its models in one dtype, the language model's.
         render = RenderStage.from_pretrained(
             dit_path, vae_path, target, language.dtype, chosen.max_condition_length, on_tensor
@@ -67,6 +66,8 @@ def load_parts(
                 f"dit: {dit_path} reads conditions of {channels} channels, but the language "
                 f"model's embed_dim is {config.qwen_config.embed_dim}; they do not belong together"
             )
+        if target.type == "cuda":
+            _ = render.vae.module  # it takes its memory before the pages take the rest
     positions = max_positions(config, chosen)
     pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
     pool = PagePool(pages, chosen.page_size, config.num_codes + 1)

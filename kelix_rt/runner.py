@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,13 +115,19 @@ class Runner:
                 span.sequence.hidden_count += count
         return [span.sequence for span in drawn], blocks
 
-    def image_blocks(self, codes: torch.Tensor) -> np.ndarray:
-        """Blocks int64 [T + 1, N+1] of an image of codes [T, N], vision_end being the last."""
+    def image_blocks(self, codes: torch.Tensor, layout: Iterable[int] | None = None) -> np.ndarray:
+        """Blocks int64 [n + 1, N+1] of an image of codes [T, N], vision_end being the last.
+
+        layout: n ids with T image placeholders among the text of position markers
+        (`ChatProcessor.image_ids`); None is the codes alone.
+        """
         config = self.model.config
         ids = self.encode_stage().tokenizer.global_ids(codes, config.qwen_config.vocab_size)
-        blocks = np.full((len(ids) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
-        blocks[:-1, :-1] = ids.cpu().numpy()
-        blocks[-1, 0] = self.vision_end
+        first = np.array(ids[:, 0].tolist() if layout is None else list(layout))
+        placed = slice(None) if layout is None else first == config.qwen_config.image_token_id
+        blocks = np.full((len(first) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
+        blocks[:, 0] = [*first, self.vision_end]
+        blocks[:-1][placed, :-1] = ids.cpu().numpy()
         return blocks
 
     def condition(self, sequence: Sequence) -> torch.Tensor:

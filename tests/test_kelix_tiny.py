@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -92,13 +94,46 @@ def test_blocks_are_those_of_a_full_recomputation(engine: Engine) -> None:
     assert count < 40  # the answer was short; the drawing had a picture's blocks
 
 
-def test_it_loads_and_draws_in_time() -> None:
+def test_a_given_picture_stands_where_a_drawing_has_it(engine: Engine) -> None:
+    """Between vision_start and vision_end, with the position markers of training."""
+    image = engine.encode_image(draw(make_sample("test", 0).scene, 224))
+    number = engine.add_reconstruction(image)
+    sequence = engine._requests[number]
+    first = sequence.rows[: sequence.length, 0].tolist()
+    engine.discard([number])
+    layout = engine.processor.image_ids(image.grid)
+    config = engine.config.qwen_config
+    assert first[0] == config.vision_start_token_id and first[-1] == config.vision_end_token_id
+    codes = [id_ for id_ in first if id_ >= config.vocab_size]
+    assert len(codes) == len(image.codes) == 64
+    assert [id_ for id_ in first[1:-1] if id_ < config.vocab_size] == [
+        id_ for id_ in layout if id_ != config.image_token_id
+    ]
+
+
+LOAD = """
+import sys, time
+import torch
+from kelix_rt import Engine
+start = time.process_time()
+engine = Engine.from_pretrained("kelix-tiny", device="cpu")
+seconds = time.process_time() - start
+slow = [name for name in ("diffusers", "transformers", "torch._dynamo") if name in sys.modules]
+assert not slow, f"loading imports {slow}"
+assert seconds < 2, f"loading worked {seconds:.1f} s"
+engine.warm_up()
+assert "diffusers" in sys.modules
+"""
+
+
+def test_loading_is_quick() -> None:
+    """Under 2 s of work in a new process: what is slow to import waits for its first use."""
+    subprocess.run([sys.executable, "-c", LOAD], check=True)
+
+
+def test_it_draws_in_time(engine: Engine) -> None:
     start = time.perf_counter()
-    engine = Engine.from_pretrained(BUNDLED, device="cpu")
-    loaded = time.perf_counter()
     picture = engine.generate_image("draw a red circle.", render=RenderParams(steps=20, seed=1))
-    drawn = time.perf_counter()
     assert picture.image.size == (256, 256)
-    # Aimed at are 2 s and 10 s on two idle cores (docs/kelix-tiny.md); machines may be busy.
-    assert loaded - start < 6
-    assert drawn - loaded < 30
+    # Aimed at are 10 s on two idle cores (docs/kelix-tiny.md); machines may be busy.
+    assert time.perf_counter() - start < 30

@@ -128,6 +128,5 @@ def reconstruct(
     source = load_image(image)  # before a model is loaded
     engine = load_engine(model, dit, vae, device, dtype, drawing=True)
     codes = engine.encode_image(source, size=None if wanted is None else wanted[::-1])
-    start = engine.runner.vision_start
-    request = engine.add_forced_image([start], codes.codes, render)
+    request = engine.add_reconstruction(codes, render=render)
     save_picture(follow_drawing(engine.collect(request)), out, as_json)

@@ -41,7 +41,10 @@ class BlockDecoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.input_linear = nn.Linear(shape.input_dim, shape.d_model)
-        self.position_embedding = nn.Embedding(shape.num_slots, shape.d_model)
+        # Not nn.Embedding(...): its random start on the meta device imports all of torch._dynamo.
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.empty(shape.num_slots, shape.d_model), freeze=False
+        )
         self.layers = nn.ModuleList(
             BlockDecoderLayer(shape.d_model, shape.ffn) for _ in range(shape.num_layers)
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,23 +17,55 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
 
+class Autoencoder:
+    """The autoencoder of a local directory. Its config is read and its files are opened at once;
+    diffusers, whose import takes seconds, and the weights come with the first use of `module`.
+
+    dtype None keeps the stored one. Raises ConfigError for another config, WeightError for files
+    that are missing or no checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = read_config(path)
+        if not isinstance(config, dict) or config["_class_name"] != "AutoencoderDC":
+            raise ConfigError(f"Autoencoder: {path} must hold the config of an AutoencoderDC")
+        self.config: dict[str, Any] = config
+        self._checkpoint = Checkpoint(path)
+        self._device, self._dtype = device, dtype
+
+    @property
+    def rate(self) -> int:
+        """Pixels of one latent position along each side."""
+        return int(2 ** (len(self.config["decoder_block_out_channels"]) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.config["latent_channels"])
+
+    @cached_property
+    def module(self) -> AutoencoderDC:
+        """The loaded model, in eval mode. Raises WeightError for tensors that are missing,
+        misshapen or not finite."""
+        from diffusers import AutoencoderDC
+
+        with torch.device("meta"):
+            vae = AutoencoderDC.from_config(self.config)
+        mapping = {name: Source((name,)) for name in vae.state_dict()}
+        load_weights(vae, self._checkpoint, mapping, device=self._device, dtype=self._dtype)
+        return vae.eval().requires_grad_(False)
+
+
 def load_vae(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderDC:
-    """The autoencoder of a local directory, in eval mode; dtype None keeps the stored one.
-
-    Raises ConfigError, or WeightError for tensors that are missing, misshapen or not finite.
-    """
-    from diffusers import AutoencoderDC
-
-    config = read_config(path)
-    if not isinstance(config, dict) or config["_class_name"] != AutoencoderDC.__name__:
-        raise ConfigError(f"load_vae: {path} must hold the config of an AutoencoderDC")
-    with torch.device("meta"):
-        vae = AutoencoderDC.from_config(config)
-    mapping = {name: Source((name,)) for name in vae.state_dict()}
-    load_weights(vae, Checkpoint(path), mapping, device=device, dtype=dtype)
-    return vae.eval().requires_grad_(False)
+    """The loaded autoencoder of a local directory; arguments and errors as `Autoencoder`."""
+    return Autoencoder(path, device, dtype).module
 
 
 @torch.no_grad()

@@ -71,8 +71,10 @@ class VisionTokenizer(nn.Module):
         if with_up_projectors:
             shape = (books[0], config.output_dim, books[1])
             self.up_projectors = nn.Parameter(torch.empty(shape))
-        codes = torch.empty(books[0], config.codes_per_book, books[1])
-        self.set_codebooks(codes)
+        norms = (books[0], config.codes_per_book)
+        shapes = {"codebooks": (*norms, books[1]), "exact_norms": norms, "reference_norms": norms}
+        for name, size in shapes.items():
+            self.register_buffer(name, torch.empty(size), persistent=False)
 
     @classmethod
     def from_pretrained(

@@ -44,7 +44,7 @@ def _image(golden: Fixtures, stage: RenderStage, name: str, picture: Path) -> It
         shift=float(golden.notes.get("flow_shift", 3.0)),
     )
     yield from golden.close(f"{name}.latents", latents.flatten(0, 1), EULER)
-    pixels = decode(stage.vae, latents[-1])
+    pixels = decode(stage.vae.module, latents[-1])
     yield from golden.close(f"{name}.decoded", pixels, DECODED)
     image = to_uint8(pixels)[0]
     yield from golden.pixels(f"{name}.image_uint8", image)

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.models.dit import KelixDiT
-from kelix_rt.models.vae import decode, load_vae, to_uint8
+from kelix_rt.models.vae import Autoencoder, decode, to_uint8
 from kelix_rt.params import SEED_LIMIT
 from kelix_rt.request import RenderParams
 from kelix_rt.stages.denoise import Denoiser, RenderState, sample
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderDC
     from PIL import Image
 
     from kelix_rt.weights import OnTensor
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["RenderStage", "RenderState", "sample"]
 
 MAX_CONDITION_LENGTH = 720
-
-
-def _compression(vae: AutoencoderDC) -> int:
-    return int(2 ** (len(vae.config.decoder_block_out_channels) - 1))
 
 
 class RenderStage:
@@ -43,13 +38,13 @@ class RenderStage:
     def __init__(
         self,
         dit: KelixDiT,
-        vae: AutoencoderDC,
+        vae: Autoencoder,
         max_condition_length: int = MAX_CONDITION_LENGTH,
     ) -> None:
         config = dit.config
         pairs = (
-            ("vae_downsample_rate", config.vae_downsample_rate, _compression(vae)),
-            ("in_channels", config.in_channels, int(vae.config.latent_channels)),
+            ("vae_downsample_rate", config.vae_downsample_rate, vae.rate),
+            ("in_channels", config.in_channels, vae.latent_channels),
         )
         for field, expected, got in pairs:
             if expected != got:
@@ -71,12 +66,12 @@ class RenderStage:
         max_condition_length: int = MAX_CONDITION_LENGTH,
         on_tensor: OnTensor | None = None,
     ) -> RenderStage:
-        """Loads both models from local directories; dtype None takes what the DiT stores.
+        """Loads the DiT and opens the autoencoder; dtype None takes what the DiT stores.
 
         on_tensor: called with (name, bytes) after each tensor of the DiT.
         """
         model = KelixDiT.from_pretrained(dit, device, dtype, on_tensor)
-        return cls(model, load_vae(vae, device, model.dtype), max_condition_length)
+        return cls(model, Autoencoder(vae, device, model.dtype), max_condition_length)
 
     def start(self, condition: Tensor, params: RenderParams) -> RenderState:
         """Prepares one image from the hidden states of its blocks, [n, K] or [1, n, K].
@@ -115,7 +110,7 @@ class RenderStage:
         if not state.done:
             raise InputError(f"finish: {state.index} of {state.steps} steps were taken")
         self.denoiser.release(state)
-        return Image.fromarray(to_uint8(decode(self.vae, state.latent))[0].cpu().numpy())
+        return Image.fromarray(to_uint8(decode(self.vae.module, state.latent))[0].cpu().numpy())
 
     def latent_shape(self, params: RenderParams) -> tuple[int, int, int, int]:
         """[1, C, h, w] of a request; sizes not given come from its latent, else the model's.

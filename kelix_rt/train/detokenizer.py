@@ -136,8 +136,8 @@ class DetokenizerTrainer:
 
     @cached_property
     def picture_conditions(self) -> tuple[Tensor, Tensor]:
-        """Conditions [pictures, L, D] bfloat16 and masks [pictures, L] of one request per picture,
-        on the model's device. Made once: the language model is frozen."""
+        """Conditions [pictures, L, D] bfloat16 and masks [pictures, L] of one document per
+        picture, on the model's device. Made once: the language model is frozen."""
         length = len(self.dit.y_embedding)
         found = []
         indices = range(self.pictures.count)
@@ -159,6 +159,9 @@ class DetokenizerTrainer:
         return clean, condition[indices].float(), mask[indices]
 
     def _document(self, index: int) -> Document:
+        """Request and picture; every fourth picture alone, as `Engine.reconstruct` has it."""
+        if index % 4 == 3:
+            return self.chats.plain(self.chats.image, [self.pictures.drawing(index)])
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
         request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.drawing(index))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.models.dit import KelixDiT
-from kelix_rt.models.vae import load_vae, to_uint8
+from kelix_rt.models.vae import Autoencoder, to_uint8
 from kelix_rt.parity import e2e
 from kelix_rt.parity.report import failures
 from kelix_rt.request import RenderParams
@@ -188,10 +188,10 @@ def test_bad_conditions_and_calls_are_refused(stage: RenderStage, data: dict[str
 
 
 def test_autoencoder_of_another_scale_is_refused(golden: Path) -> None:
-    vae = load_vae(golden / "e2e_dit" / "vae")
+    vae = Autoencoder(golden / "e2e_dit" / "vae")
     dit = KelixDiT.from_pretrained(golden / "dit" / "tiny_release")
     RenderStage(dit, vae)
-    vae.register_to_config(decoder_block_out_channels=[8, 8, 16])
+    vae.config["decoder_block_out_channels"] = [8, 8, 16]
     with pytest.raises(ConfigError, match="vae_downsample_rate"):
         RenderStage(dit, vae)
 
