@@ -4,6 +4,7 @@
 
 #include "common/codes.h"
 #include "common/device.cuh"
+#include "kernels/codes_tile.cuh"
 
 namespace kelix::cuda {
 
@@ -99,10 +100,7 @@ template <class T>
 __device__ __forceinline__ float code_score(float dot, float code_norm, float token_norm,
                                             bool reference) {
   if (!reference) return code_norm - 2.0f * dot;
-  const float r = round_to<T>(token_norm + code_norm - 2.0f * dot);
-  // Not fmaxf: it would turn NaN into a distance of zero.
-  const float u = round_to<T>(sqrtf(r < 0.0f ? 0.0f : r));
-  return round_to<T>(u * u);
+  return rounded_distance<T>(token_norm + code_norm - 2.0f * dot);
 }
 
 template <class T>

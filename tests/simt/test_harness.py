@@ -16,6 +16,7 @@ CAUGHT = {
     "reverse": ("wrong", 8),
     "rotate": ("wrong", 8),
     "copy": ("wrong", 4),  # only copies that land late show the missing wait
+    "narrow_copy": ("wrong", 4),
     "gemm_wait": ("wrong", 4),
     "gemm_barrier": ("wrong", 2),  # only warps that run ahead show the missing barrier
     "half_sums": (

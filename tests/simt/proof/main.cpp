@@ -116,6 +116,11 @@ const std::map<std::string, std::function<std::string(bool)>>& cases() {
        }},
       {"copy",
        [](bool bug) { return run(copy_kernel<false>, copy_kernel<true>, bug, 32, 256, same); }},
+      {"narrow_copy",
+       [](bool bug) {
+         return run(narrow_copy_kernel<false>, narrow_copy_kernel<true>, bug, 128, 128,
+                    [](int i) { return same(127 - i); });
+       }},
       {"half_sums",
        [](bool bug) {
          return run(half_sums_kernel<false>, half_sums_kernel<true>, bug, 64, 64, half_sum);

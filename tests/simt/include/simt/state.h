@@ -54,7 +54,8 @@ struct Warp {
 struct Copy {
   void* target;
   const void* source;
-  uint32_t size;  // bytes from the source; the rest of 16 is zero
+  uint32_t size;   // bytes from the source
+  uint32_t width;  // bytes written; those past `size` are zero
   uint32_t group;
 };
 
