@@ -40,13 +40,20 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
-// Streaming multiprocessors of the current device.
-inline int num_multiprocessors() {
+inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
-  int count = 1;
+  int value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// Of the current device: 10 major + minor.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace kelix

@@ -170,6 +170,20 @@ __global__ void __launch_bounds__(kCodesThreads) nearest_codes_kernel(NearestCod
   }
 }
 
+inline constexpr int kMergeThreads = 256;
+
+// Before the parts are merged: keys larger than all others.
+__global__ void __launch_bounds__(kMergeThreads) clear_keys_kernel(NearestCodesArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (i < args.tokens * args.books) args.indices[i] = -1;
+}
+
+// After it: the index is the lower half of the key.
+__global__ void __launch_bounds__(kMergeThreads) unpack_keys_kernel(NearestCodesArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (i < args.tokens * args.books) args.indices[i] &= 0xffffffff;
+}
+
 // One CTA per row. An id outside the table gives NaN: nothing on a GPU can raise.
 template <class T>
 __global__ void __launch_bounds__(kCodesThreads) block_embed_kernel(BlockEmbedArgs args) {

@@ -5,23 +5,23 @@
 #include "common/tensor_core.cuh"
 #include "kernels/codes_tile.cuh"
 
-namespace kelix::cuda {
+namespace kelix::cuda::codes_mma {
 
-inline constexpr int kMmaThreads = 128;
-inline constexpr int kMmaCtas = 3;  // per multiprocessor: one normalises while others multiply
-inline constexpr int kMmaTokens = 128;
-inline constexpr int kMmaCodes = 64;  // of a stage
-inline constexpr int kMmaStages = 3;
-inline constexpr int kMmaMaxDim = 128;  // what the registers hold
+inline constexpr int kThreads = 128;
+inline constexpr int kCtas = 3;  // per multiprocessor: one normalises while others multiply
+inline constexpr int kTokens = 128;
+inline constexpr int kCodes = 64;  // of a stage
+inline constexpr int kStages = 3;
+inline constexpr int kMaxDim = 128;  // what the registers hold
 inline constexpr int kWarpTokens = 32;
 inline constexpr int kWarpCodes = 32;  // multiplied before their scores are looked at
-static_assert(kMmaTokens == kMmaThreads, "a thread normalises a token");
+static_assert(kTokens == kThreads, "a thread normalises a token");
 
 template <class T, int kDim>
-struct CodesMmaShared {
-  T codes[kMmaStages][kMmaCodes * kDim];  // first holds the tokens
-  float norms[kMmaStages][kMmaCodes];
-  float token_norms[kMmaTokens];  // reference only
+struct Shared {
+  T codes[kStages][kCodes * kDim];  // first holds the tokens
+  float norms[kStages][kCodes];
+  float token_norms[kTokens];  // reference only
 };
 
 // Starts the copies of one tile of codes and their norms; codes past the end are infinitely far.
@@ -29,10 +29,10 @@ template <class T, int kDim>
 __device__ __forceinline__ void load_code_tile(const NearestCodesArgs& args, int64_t book,
                                                int64_t first_code, T* tile, float* norms) {
   const T* codebook = static_cast<const T*>(args.codebooks) + book * args.codes * args.dim;
-  copy_rows<kMmaCodes, kDim, kMmaThreads>(codebook, first_code, args.codes, args.dim,
-                                          static_cast<int>(args.dim), tile);
+  copy_rows<kCodes, kDim, kThreads>(codebook, first_code, args.codes, args.dim,
+                                    static_cast<int>(args.dim), tile);
   const int64_t code = first_code + threadIdx.x;
-  if (threadIdx.x < kMmaCodes) {
+  if (threadIdx.x < kCodes) {
     if (code < args.codes) {
       copy_async_4(norms + threadIdx.x, args.norms + book * args.codes + code);
     } else {
@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_token_fragments(const T* tile, int first_ro
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      load_matrix_x4(a[i][k], tile + tile_offset<kMmaTokens>(first_row + i * 16 + lane % 16,
-                                                             k * 2 + lane / 16));
+      load_matrix_x4(
+          a[i][k], tile + tile_offset<kTokens>(first_row + i * 16 + lane % 16, k * 2 + lane / 16));
     }
   }
 }
@@ -66,9 +66,9 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[2][kSteps][4], cons
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t b[4];  // two blocks of eight codes
-      load_matrix_x4(
-          b, tile + tile_offset<kMmaCodes>(first_code + pair * 16 + lane % 8 + lane / 16 * 8,
-                                           k * 2 + lane / 8 % 2));
+      load_matrix_x4(b,
+                     tile + tile_offset<kCodes>(first_code + pair * 16 + lane % 8 + lane / 16 * 8,
+                                                k * 2 + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         mma<T>(dots[i][pair * 2], a[i][k], b[0], b[1]);
@@ -104,76 +104,59 @@ struct WarpNearest {
   }
 };
 
-// The tile of tokens, normalised, and their norms.
 template <class T, int kDim, bool kReference>
-__device__ __forceinline__ void prepare_tokens(const NearestCodesArgs& args, int64_t first_token,
-                                               int64_t book, T* tile, float* token_norms) {
-  const int dim = static_cast<int>(args.dim);
-  copy_rows<kMmaTokens, kDim, kMmaThreads>(static_cast<const T*>(args.z) + book * dim, first_token,
-                                           args.tokens, args.books * dim, dim, tile);
-  copy_async_commit();
-  copy_async_wait<0>();
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (args.ln_weight != nullptr) norm_row<kMmaTokens>(args, book, row, tile);
-  if (kReference) token_norms[row] = rounded_square<kMmaTokens>(tile, row, dim);
-  __syncthreads();
-}
-
-template <class T, int kDim, bool kReference>
-__global__ void __launch_bounds__(kMmaThreads, kMmaCtas)
+__global__ void __launch_bounds__(kThreads, kCtas)
     nearest_codes_mma_kernel(NearestCodesArgs args, CodesGrid grid) {
   KELIX_DYNAMIC_SHARED(unsigned char, memory);
-  using Shared = CodesMmaShared<T, kDim>;
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto& shared = *reinterpret_cast<Shared<T, kDim>*>(memory);
   constexpr int kSteps = kDim / 16;
-  // Neighbouring CTAs share their codes, for the L2 cache's sake.
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x % grid.token_tiles) * kMmaTokens;
-  const int part = blockIdx.x / grid.token_tiles % grid.parts;
-  const int64_t book = blockIdx.x / grid.token_tiles / grid.parts;
+  const CtaWork work = work_of_cta(args, grid);
   const int lane = threadIdx.x % kWarpSize;
   const int warp_token = threadIdx.x / kWarpSize * kWarpTokens;
+  const int my_row = warp_token + lane / 4;  // and 8, 16, 24 further
 
   T* tokens = shared.codes[0];
-  prepare_tokens<T, kDim, kReference>(args, first_token, book, tokens, shared.token_norms);
+  prepare_tokens<kTokens, kDim, kThreads, kReference>(args, work, tokens, shared.token_norms);
+  __syncthreads();
   uint32_t a[2][kSteps][4];
   load_token_fragments(tokens, warp_token, a);
   WarpNearest<T, kReference> best;
 #pragma unroll
   for (int row = 0; row < 4; ++row) {
-    best.token_norm[row / 2][row % 2] = shared.token_norms[warp_token + row * 8 + lane / 4];
+    best.token_norm[row / 2][row % 2] = shared.token_norms[my_row + row * 8];
   }
   __syncthreads();  // codes may take the place of the tokens
 
-  const int begin = static_cast<int>(static_cast<int64_t>(grid.code_tiles) * part / grid.parts);
-  const int end = static_cast<int>(static_cast<int64_t>(grid.code_tiles) * (part + 1) / grid.parts);
   const auto load = [&](int tile) {
-    const int stage = (tile - begin) % kMmaStages;
-    if (tile < end) {
-      load_code_tile<T, kDim>(args, book, static_cast<int64_t>(tile) * kMmaCodes,
+    const int stage = (tile - work.begin) % kStages;
+    if (tile < work.end) {
+      load_code_tile<T, kDim>(args, work.book, static_cast<int64_t>(tile) * kCodes,
                               shared.codes[stage], shared.norms[stage]);
     }
     copy_async_commit();
   };
-  for (int i = 0; i < kMmaStages - 1; ++i) load(begin + i);
-  for (int tile = begin; tile < end; ++tile) {
-    copy_async_wait<kMmaStages - 2>();
+  for (int i = 0; i < kStages - 1; ++i) load(work.begin + i);
+  for (int tile = work.begin; tile < work.end; ++tile) {
+    copy_async_wait<kStages - 2>();
     __syncthreads();  // this tile has landed, and nobody reads the one before it any more
-    load(tile + kMmaStages - 1);
-    if (first_token + warp_token >= args.tokens) continue;  // a warp without tokens only copies
-    const int stage = (tile - begin) % kMmaStages;
+    load(tile + kStages - 1);
+    if (work.first_token + warp_token >= work.end_token)
+      continue;  // a warp without tokens only copies
+    const int stage = (tile - work.begin) % kStages;
 #pragma unroll
-    for (int first = 0; first < kMmaCodes; first += kWarpCodes) {
+    for (int first = 0; first < kCodes; first += kWarpCodes) {
       float dots[2][4][4] = {};
       multiply(a, shared.codes[stage], first, dots);
-      best.offer(dots, shared.norms[stage] + first, tile * kMmaCodes + first);
+      best.offer(dots, shared.norms[stage] + first, tile * kCodes + first);
+    }
+    for (auto& rows : best.nearest) {
+      for (auto& row : rows) row.share();
     }
   }
 #pragma unroll
   for (int row = 0; row < 4; ++row) {
-    store_nearest(args, grid, first_token + warp_token + row * 8 + lane / 4, book,
-                  best.nearest[row / 2][row % 2].key());
+    store_nearest(args, grid, work, my_row + row * 8, best.nearest[row / 2][row % 2].key());
   }
 }
 
-}  // namespace kelix::cuda
+}  // namespace kelix::cuda::codes_mma

@@ -13,9 +13,31 @@ namespace kelix::cuda {
 // book's codes.
 struct CodesGrid {
   int token_tiles;
+  int tile_tokens;  // as many as the kernel takes, or fewer
   int parts;
   int code_tiles;  // of the whole book
 };
+
+// What of it the CTA takes. Neighbouring CTAs share their codes, for the L2 cache's sake.
+struct CtaWork {
+  int64_t first_token;  // tokens [first_token, end_token)
+  int64_t end_token;
+  int64_t book;
+  int begin;  // tiles of codes [begin, end)
+  int end;
+};
+
+__device__ __forceinline__ CtaWork work_of_cta(const NearestCodesArgs& args,
+                                               const CodesGrid& grid) {
+  const int64_t token_tile = blockIdx.x % grid.token_tiles;
+  const int64_t part = blockIdx.x / grid.token_tiles % grid.parts;
+  const int64_t first_token = token_tile * grid.tile_tokens;
+  const int64_t end_token = first_token + grid.tile_tokens;
+  return {first_token, end_token < args.tokens ? end_token : args.tokens,
+          blockIdx.x / grid.token_tiles / grid.parts,
+          static_cast<int>(grid.code_tiles * part / grid.parts),
+          static_cast<int>(grid.code_tiles * (part + 1) / grid.parts)};
+}
 
 inline constexpr int kChunk = 8;          // elements in 16 bytes
 inline constexpr int kPanelColumns = 64;  // 128 bytes, the width that TMA and wgmma swizzle
@@ -28,16 +50,16 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
          ((chunk % 8) ^ (row % 8)) * kChunk;
 }
 
-// Starts the copy of rows [first, first + kRows) of a matrix with `dim` columns, `stride` apart,
-// padded with zeros to kDim columns and kRows rows.
+// Starts the copy of rows [first, end) of a matrix with `dim` columns, `stride` apart, padded with
+// zeros to kRows rows and kDim columns.
 template <int kRows, int kDim, int kThreads, class T>
-__device__ __forceinline__ void copy_rows(const T* matrix, int64_t first, int64_t rows,
+__device__ __forceinline__ void copy_rows(const T* matrix, int64_t first, int64_t end,
                                           int64_t stride, int dim, T* tile) {
   constexpr int kChunks = kDim / kChunk;
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
-    const bool inside = first + row < rows && chunk * kChunk < dim;
+    const bool inside = first + row < end && chunk * kChunk < dim;
     const T* from = inside ? matrix + (first + row) * stride + chunk * kChunk : matrix;
     copy_async_16_zero_fill(tile + tile_offset<kRows>(row, chunk), from, inside ? 16 : 0);
   }
@@ -106,6 +128,23 @@ __device__ __forceinline__ float rounded_square(const T* tile, int row, int dim)
   return round_to<T>(sum_of(squares));
 }
 
+// The tokens of a CTA as a tile, normalised, and their norms. All kThreads threads take part and
+// must meet before they read the tile.
+template <int kRows, int kDim, int kThreads, bool kReference, class T>
+__device__ __forceinline__ void prepare_tokens(const NearestCodesArgs& args, const CtaWork& work,
+                                               T* tile, float* token_norms) {
+  const int dim = static_cast<int>(args.dim);
+  copy_rows<kRows, kDim, kThreads>(static_cast<const T*>(args.z) + work.book * dim,
+                                   work.first_token, work.end_token, args.books * dim, dim, tile);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  for (int row = threadIdx.x; row < work.end_token - work.first_token; row += kThreads) {
+    if (args.ln_weight != nullptr) norm_row<kRows>(args, work.book, row, tile);
+    if (kReference) token_norms[row] = rounded_square<kRows>(tile, row, dim);
+  }
+}
+
 // The distance of the reference from its unrounded square. Rising, but not strictly.
 template <class T>
 __device__ __forceinline__ float rounded_distance(float square) {
@@ -118,7 +157,7 @@ __device__ __forceinline__ float rounded_distance(float square) {
 // The nearest code that a thread has seen of one token. Codes come in rising order.
 template <class T, bool kReference>
 struct NearestCode {
-  float score = INFINITY;     // the smallest so far
+  float score = INFINITY;     // the smallest so far, of all lanes of the token
   float distance = INFINITY;  // what is compared: in the reference its roundings make ties
   int code = 0;
 
@@ -144,6 +183,12 @@ struct NearestCode {
     }
   }
 
+  // The four lanes of a token need only look for what beats the best of them all.
+  __device__ __forceinline__ void share() {
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) score = fminf(score, shuffle_xor(score, offset));
+  }
+
   // Unsigned order of the keys: nearest first, then the lowest index.
   __device__ __forceinline__ uint64_t key() const {
     const uint32_t bits = bits_of_float(distance + 0.0f);  // -0 becomes 0: they are equal
@@ -152,36 +197,23 @@ struct NearestCode {
   }
 };
 
-// The index of a token from the keys of four neighbouring lanes. Where other CTAs hold other parts
-// of the codes, the key waits in the place of the index.
+// The index of a token of the tile from the keys of four neighbouring lanes. Where other CTAs hold
+// other parts of the codes, the key waits in the place of the index.
 __device__ __forceinline__ void store_nearest(const NearestCodesArgs& args, const CodesGrid& grid,
-                                              int64_t token, int64_t book, uint64_t key) {
+                                              const CtaWork& work, int row, uint64_t key) {
 #pragma unroll
   for (int offset = 1; offset < 4; offset *= 2) {
     const uint64_t other = shuffle_xor(key, offset);
     key = other < key ? other : key;
   }
-  if (threadIdx.x % 4 != 0 || token >= args.tokens) return;
-  int64_t* index = args.indices + token * args.books + book;
+  const int64_t token = work.first_token + row;
+  if (threadIdx.x % 4 != 0 || token >= work.end_token) return;
+  int64_t* index = args.indices + token * args.books + work.book;
   if (grid.parts == 1) {
     *index = static_cast<uint32_t>(key);
   } else {
     atomic_min(reinterpret_cast<uint64_t*>(index), key);
   }
-}
-
-inline constexpr int kMergeThreads = 256;
-
-// Before the parts are merged: keys larger than all others.
-__global__ void __launch_bounds__(kMergeThreads) clear_keys_kernel(NearestCodesArgs args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (i < args.tokens * args.books) args.indices[i] = -1;
-}
-
-// After it: the index is the lower half of the key.
-__global__ void __launch_bounds__(kMergeThreads) unpack_keys_kernel(NearestCodesArgs args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (i < args.tokens * args.books) args.indices[i] &= 0xffffffff;
 }
 
 }  // namespace kelix::cuda
