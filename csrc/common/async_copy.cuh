@@ -1,4 +1,4 @@
-// cp.async: 16-byte copies from global to shared memory that run beside the arithmetic. A thread
+// cp.async: copies from global to shared memory that run beside the arithmetic. A thread
 // issues copies, commits them as a group, and waits for groups; a barrier shows them to the others.
 #pragma once
 
@@ -25,6 +25,12 @@ __device__ __forceinline__ void copy_async_16_zero_fill(void* shared, const void
                                                         uint32_t size) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(size));
+}
+
+// Both addresses must be aligned to 4 bytes.
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
+               "l"(global));
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }

@@ -40,6 +40,22 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// Of the current device: 10 major + minor.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 }  // namespace kelix
 #endif
 
@@ -127,6 +143,11 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
   return atomicAdd(address, value);
 }
 
+__device__ __forceinline__ void atomic_min(uint64_t* address, uint64_t value) {
+  static_assert(sizeof(uint64_t) == sizeof(unsigned long long));
+  atomicMin(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
+
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
@@ -135,6 +156,14 @@ template <class T>
 __device__ __forceinline__ void load_16_bytes(const T* from, T (&to)[16 / sizeof(T)]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
   memcpy(to, &raw, sizeof(raw));  // a store through a cast pointer would break aliasing rules
+}
+
+// 16 bytes in one store; `to` must be aligned to them.
+template <class T>
+__device__ __forceinline__ void store_16_bytes(T* to, const T (&from)[16 / sizeof(T)]) {
+  uint4 raw;
+  memcpy(&raw, from, sizeof(raw));
+  *reinterpret_cast<uint4*>(to) = raw;
 }
 
 // Calls f(T{}) with the storage type of `dtype`.

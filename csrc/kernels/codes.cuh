@@ -4,6 +4,7 @@
 
 #include "common/codes.h"
 #include "common/device.cuh"
+#include "kernels/codes_tile.cuh"
 
 namespace kelix::cuda {
 
@@ -99,10 +100,7 @@ template <class T>
 __device__ __forceinline__ float code_score(float dot, float code_norm, float token_norm,
                                             bool reference) {
   if (!reference) return code_norm - 2.0f * dot;
-  const float r = round_to<T>(token_norm + code_norm - 2.0f * dot);
-  // Not fmaxf: it would turn NaN into a distance of zero.
-  const float u = round_to<T>(sqrtf(r < 0.0f ? 0.0f : r));
-  return round_to<T>(u * u);
+  return rounded_distance<T>(token_norm + code_norm - 2.0f * dot);
 }
 
 template <class T>
@@ -170,6 +168,20 @@ __global__ void __launch_bounds__(kCodesThreads) nearest_codes_kernel(NearestCod
     const int64_t token = first_token + my_token + t;
     if (lane == 0 && token < args.tokens) args.indices[token * args.books + book] = index[t];
   }
+}
+
+inline constexpr int kMergeThreads = 256;
+
+// Before the parts are merged: keys larger than all others.
+__global__ void __launch_bounds__(kMergeThreads) clear_keys_kernel(NearestCodesArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (i < args.tokens * args.books) args.indices[i] = -1;
+}
+
+// After it: the index is the lower half of the key.
+__global__ void __launch_bounds__(kMergeThreads) unpack_keys_kernel(NearestCodesArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (i < args.tokens * args.books) args.indices[i] &= 0xffffffff;
 }
 
 // One CTA per row. An id outside the table gives NaN: nothing on a GPU can raise.

@@ -25,6 +25,7 @@ capability=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capa
   echo "make gpu: torch sees no NVIDIA GPU" >&2
   exit 1
 }
+[ "$capability" = 90 ] && capability=90a # wgmma is in sm_90a, which plain sm_90 leaves out
 export KELIX_CUDA=1 KELIX_CUDA_ARCHS="$capability-real"
 run build $python setup.py -q native
 run tests $python -m pytest -m gpu tests

@@ -43,11 +43,13 @@ def attention(device: str) -> None:
 
 def codes(device: str) -> None:
     """codes stem, both modes."""
-    z, books = randn(7, 2, 24, device=device), randn(2, 75, 24, device=device, seed=1)
-    gain = torch.ones(2, 24, device=device)
-    for reference in (False, True):
-        norms_ = ops.codebook_norms(books, reference)
-        ops.nearest_codes(z, books, norms_, gain, gain, 1e-5, reference)
+    for dtype in (torch.float32, torch.bfloat16):  # plain kernel and tensor cores
+        z = randn(7, 2, 24, dtype=dtype, device=device)
+        books = randn(2, 75, 24, dtype=dtype, device=device, seed=1)
+        gain = torch.ones(2, 24, dtype=dtype, device=device)
+        for reference in (False, True):
+            norms_ = ops.codebook_norms(books, reference)
+            ops.nearest_codes(z, books, norms_, gain, gain, 1e-5, reference)
     ids = torch.tensor([[3, 9, 9], [12, 15, 9], [9, 9, 9]], device=device)
     ops.block_embed(ids, randn(18, 33, device=device), 10, 9)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from kelix_rt import ops
 from tests.ops.helpers import DEVICES, DTYPES, assert_as_accurate_as_torch, opcheck, randn
 
-# (tokens, books, codes, dim): tiles of every path are cut, odd and empty.
-SHAPES = [(1, 1, 1, 1), (5, 3, 37, 7), (97, 2, 33, 20), (130, 1, 129, 64), (0, 2, 8, 4),
-          (33, 8, 512, 128)]  # fmt: skip
+# (tokens, books, codes, dim): tiles of every path are cut, odd and empty. The last five are for
+# tensor cores: one tile, cut tiles of tokens and codes, codes split over CTAs, padded columns.
+SHAPES = [(1, 1, 1, 1), (5, 3, 37, 7), (97, 2, 33, 20), (0, 2, 8, 4), (33, 8, 512, 128),
+          (130, 1, 129, 64), (1, 2, 5, 128), (137, 1, 200, 128), (9, 1, 700, 72)]  # fmt: skip
 
 
 def inputs(
@@ -119,6 +120,32 @@ def test_lowest_index_wins_ties(reference: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_ties_across_ctas(dim: int, reference: bool, dtype: torch.dtype, device: str) -> None:
+    """Equal codes lie in one thread's columns, in other lanes' and in other CTAs' parts."""
+    pattern = randn(1, 37, dim, dtype=dtype, device=device)
+    codebooks = torch.cat([-pattern, *[pattern] * 20], dim=1)  # the first 37 are far from all
+    chosen = torch.tensor([36, 0, 17, 5, 9]).repeat(27)
+    z = pattern[:, chosen].transpose(0, 1)
+    norms = ops.codebook_norms(codebooks, reference)
+    got = ops.nearest_codes(z, codebooks, norms, reference=reference)
+    assert torch.equal(got[:, 0].cpu(), 37 + chosen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reference", [False, True])
+def test_every_code_is_found(reference: bool, dtype: torch.dtype, device: str) -> None:
+    """Token t is code t: each column of a tile and each part of the codes must be right."""
+    codebooks = randn(1, 421, 128, dtype=dtype, device=device)
+    norms = ops.codebook_norms(codebooks, reference)
+    got = ops.nearest_codes(codebooks.transpose(0, 1), codebooks, norms, reference=reference)
+    assert got[:, 0].tolist() == list(range(421))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reference", [False, True])
 def test_nan_row_gives_zero_and_harms_no_other(
@@ -147,6 +174,17 @@ def test_wide_rows_and_many_books() -> None:
     """Scratch per worker grows with d: fewer workers then share the books."""
     z, codebooks, _, _ = inputs((3, 40, 9, 8192), torch.float16, "cpu")
     assert_nearest(ops.nearest_codes(z, codebooks, ops.codebook_norms(codebooks)), z, codebooks)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_data_that_16_byte_accesses_cannot_reach(device: str) -> None:
+    shape = (40, 1, 64)
+    z = randn(40 * 64 + 1, dtype=torch.bfloat16, device=device)[1:].view(shape)
+    codebooks = randn(1, 100, 64, dtype=torch.bfloat16, device=device, seed=1)
+    norms = ops.codebook_norms(codebooks)
+    assert z.data_ptr() % 16 != 0
+    got = ops.nearest_codes(z, codebooks, norms)
+    assert_nearest(got, z, codebooks)
 
 
 def test_non_contiguous_input() -> None:

@@ -23,11 +23,14 @@ NO_KERNEL = ("errors_name", "opcheck", "number_of_threads")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--simt-library", help="kelix_simt.so as tests/simt/CMakeLists.txt builds it")
+    parser.addoption("--simt-capability", type=int, default=90, help="of the GPU: 80, 90, ...")
     parser.addoption("--simt-cases", type=int, default=8, help="at most so many cases of a test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.ops.load_library(config.getoption("--simt-library"))
+    library = ctypes.CDLL(config.getoption("--simt-library"))
+    library.kelix_simt_use_capability(config.getoption("--simt-capability"))
 
 
 @pytest.fixture(autouse=True, params=range(NUM_SCHEDULES), ids=lambda n: f"schedule{n}")

@@ -16,8 +16,16 @@ CAUGHT = {
     "reverse": ("wrong", 8),
     "rotate": ("wrong", 8),
     "copy": ("wrong", 4),  # only copies that land late show the missing wait
+    "narrow_copy": ("wrong", 4),
     "gemm_wait": ("wrong", 4),
     "gemm_barrier": ("wrong", 2),  # only warps that run ahead show the missing barrier
+    "hopper_full_wait": (r"wrong|more arrivals than|deadlock.*mbarrier.try_wait", 6),
+    "hopper_empty_wait": (r"more arrivals than|deadlock.*mbarrier.try_wait", 8),
+    "hopper_product_wait": ("wrong", 4),
+    "hopper_bytes": (
+        r"deadlock, waiting are thread 0 .*mbarrier.try_wait at .*\(hopper_gemm.cuh:\d+\)",
+        8,
+    ),
     "half_sums": (
         r"lanes of a warp meet in different calls.*half_sums_kernel \(planted.cuh:\d+\)",
         8,

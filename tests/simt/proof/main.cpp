@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemm.cuh"
+#include "hopper_gemm.cuh"
 #include "planted.cuh"
 #include "simt/schedule.h"
 
@@ -84,6 +85,40 @@ std::string run_gemm() {
   return verdict(right);
 }
 
+template <HopperBug kBug>
+std::string run_hopper_gemm() {
+  constexpr int kRows = 50, kColumns = 128, kK = 296;
+  std::vector<uint4> memory((kRows + kColumns) * kK * sizeof(bf16) / sizeof(uint4));
+  auto* a = reinterpret_cast<bf16*>(memory.data());  // aligned to 16 bytes
+  bf16* b = a + kRows * kK;
+  for (int i = 0; i < kRows * kK; ++i) a[i] = from_float<bf16>(std::sin(0.7f * i));
+  for (int i = 0; i < kColumns * kK; ++i) b[i] = from_float<bf16>(std::cos(0.3f * i));
+  TensorMap map_a, map_b;
+  if (!make_tensor_map(&map_a, a, kRows, kK, 64) ||
+      !make_tensor_map(&map_b, b, kColumns, kK, 128)) {
+    return "no tensor map";
+  }
+  std::vector<float> c(64 * kColumns, NAN);
+  launch_kernel(hopper_gemm_kernel<kBug>, 1, kHopperThreads, sizeof(HopperShared), nullptr, map_a,
+                map_b, c.data(), (kK + 63) / 64);
+  bool right = true;
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      double sum = 0;
+      for (int i = 0; row < kRows && i < kK; ++i) {
+        sum += static_cast<double>(to_float(a[row * kK + i])) * to_float(b[column * kK + i]);
+      }
+      right &= std::fabs(c[static_cast<size_t>(row * kColumns + column)] - sum) < 1e-4;
+    }
+  }
+  return verdict(right);
+}
+
+template <HopperBug kBug>
+std::string hopper_case(bool bug) {
+  return bug ? run_hopper_gemm<kBug>() : run_hopper_gemm<HopperBug::kNone>();
+}
+
 float half_sum(int i) {
   const std::vector<float> in = inputs(64);
   float sum = 0;
@@ -116,6 +151,11 @@ const std::map<std::string, std::function<std::string(bool)>>& cases() {
        }},
       {"copy",
        [](bool bug) { return run(copy_kernel<false>, copy_kernel<true>, bug, 32, 256, same); }},
+      {"narrow_copy",
+       [](bool bug) {
+         return run(narrow_copy_kernel<false>, narrow_copy_kernel<true>, bug, 128, 128,
+                    [](int i) { return same(127 - i); });
+       }},
       {"half_sums",
        [](bool bug) {
          return run(half_sums_kernel<false>, half_sums_kernel<true>, bug, 64, 64, half_sum);
@@ -163,6 +203,10 @@ const std::map<std::string, std::function<std::string(bool)>>& cases() {
        [](bool bug) { return bug ? run_gemm<GemmBug::kNoBarrier>() : run_gemm<GemmBug::kNone>(); }},
       {"gemm_wait",
        [](bool bug) { return bug ? run_gemm<GemmBug::kNoWait>() : run_gemm<GemmBug::kNone>(); }},
+      {"hopper_full_wait", hopper_case<HopperBug::kNoFullWait>},
+      {"hopper_empty_wait", hopper_case<HopperBug::kNoEmptyWait>},
+      {"hopper_product_wait", hopper_case<HopperBug::kNoProductWait>},
+      {"hopper_bytes", hopper_case<HopperBug::kTooManyBytes>},
   };
   return all;
 }

@@ -43,6 +43,18 @@ __global__ void copy_kernel(const float* in, float* out) {
   for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) out[i] = tile[i / 128][i % 128];
 }
 
+// out = in through copies of 4 bytes; the bug: they are committed after the wait for them.
+template <bool kBug>
+__global__ void narrow_copy_kernel(const float* in, float* out) {
+  KELIX_SHARED(float, tile, [128]);
+  copy_async_4(&tile[threadIdx.x], in + threadIdx.x);
+  if (!kBug) copy_async_commit();
+  copy_async_wait<0>();
+  if (kBug) copy_async_commit();
+  __syncthreads();
+  out[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
+}
+
 // Sums within each half of a warp. The bug: the halves take part in one collective each at another
 // place, although both name all 32 lanes.
 template <bool kBug>

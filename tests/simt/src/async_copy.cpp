@@ -10,18 +10,21 @@ namespace simt {
 namespace {
 
 void land(const Copy& copy) {
-  std::memset(copy.target, 0, 16);
+  std::memset(copy.target, 0, copy.width);
   std::memcpy(copy.target, copy.source, copy.size);
 }
 
 }  // namespace
 
-__attribute__((noinline)) void copy_async(void* shared, const void* global, uint32_t size) {
+__attribute__((noinline)) void copy_async(void* shared, const void* global, uint32_t size,
+                                          uint32_t width) {
   const Call call{"cp.async", __builtin_return_address(0)};
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail(call, "misaligned shared address");
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail(call, "misaligned global address");
-  if (size > 16) fail(call, "copies at most 16 bytes, got " + std::to_string(size));
-  const Copy copy{shared, global, size, current->copy_groups};
+  if (reinterpret_cast<uintptr_t>(shared) % width != 0) fail(call, "misaligned shared address");
+  if (reinterpret_cast<uintptr_t>(global) % width != 0) fail(call, "misaligned global address");
+  if (size > width) {
+    fail(call, "copies at most " + std::to_string(width) + " bytes, got " + std::to_string(size));
+  }
+  const Copy copy{shared, global, size, width, current->copy_groups};
   if (schedule().late_copies) {
     current->copies.push_back(copy);
   } else {

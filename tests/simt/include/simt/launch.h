@@ -23,6 +23,9 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, Re
 // How many kernels have run since the process began.
 int64_t launch_count();
 
+// Of the GPU that is imitated, as launchers see it: 10 major + minor.
+int& compute_capability();
+
 // Error text of the last launches, empty when all went well; forgets it.
 std::string take_error();
 
@@ -34,6 +37,10 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace kelix {
+
+// Few enough that kernels which share work out over the device do so at the sizes of tests.
+inline int num_multiprocessors() { return 2; }
+inline int compute_capability() { return simt::compute_capability(); }
 
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,

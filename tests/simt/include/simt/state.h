@@ -12,6 +12,10 @@
 #include "simt/shared.h"
 #include "simt/vector_types.h"
 
+namespace kelix {
+struct SharedBarrier;
+}  // namespace kelix
+
 namespace simt {
 
 inline constexpr int kLanes = 32;
@@ -54,7 +58,41 @@ struct Warp {
 struct Copy {
   void* target;
   const void* source;
-  uint32_t size;  // bytes from the source; the rest of 16 is zero
+  uint32_t size;   // bytes from the source
+  uint32_t width;  // bytes written; those past `size` are zero
+  uint32_t group;
+};
+
+// A matrix of 16-bit elements and the box that the TMA unit copies of it.
+struct TileSource {
+  const uint16_t* matrix;
+  int64_t rows;
+  int64_t cols;
+  int box_rows;
+};
+
+// A copy by the TMA unit that has not landed; the thread that issued it may be gone.
+struct TileCopy {
+  void* target;
+  TileSource source;
+  kelix::SharedBarrier* barrier;
+  int row;
+  int column;
+};
+
+// The descriptors of the two factors of a warpgroup's product.
+struct ProductTiles {
+  uint64_t a;
+  uint64_t b;
+};
+
+// A warpgroup's product that was issued and not waited for: one thread's share.
+struct Product {
+  float* d;
+  uint64_t a;
+  uint64_t b;
+  bool accumulate;
+  bool is_bf16;
   uint32_t group;
 };
 
@@ -72,6 +110,8 @@ struct Thread {
   Call call;
   std::vector<Copy> copies;
   uint32_t copy_groups = 0;  // committed so far
+  std::deque<Product> products;
+  uint32_t product_groups = 0;
 
   int lane() const { return rank % kLanes; }
   bool waits() const { return watched != nullptr && *watched == seen; }
@@ -84,6 +124,7 @@ struct Cta {
   std::vector<Warp> warps;
   Barrier barrier;
   SharedMemory shared;
+  std::deque<TileCopy> tile_copies;
 };
 
 struct Launch {
@@ -110,6 +151,9 @@ struct Failure : std::runtime_error {
 
 // Throws a Failure that names the kernel, the CTA, the thread and the source line of `call`.
 [[noreturn]] void fail(const Call& call, const std::string& reason);
+
+// Lets the oldest tile copy of a CTA land; false when it has none.
+bool land_tile_copy(Cta& cta);
 
 // Suspends the current thread while *watched == seen.
 void wait_while(const uint32_t* watched, uint32_t seen, const Call& call);
