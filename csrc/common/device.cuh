@@ -27,16 +27,19 @@
 
 namespace kelix {
 
+// More than the default takes a word to the driver.
+inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (dynamic_shared <= kDefaultLimit) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(dynamic_shared));
+}
+
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...)
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,
                    void* stream, const Arguments&... arguments) {
-  constexpr size_t kDefaultLimit = 48 << 10;
-  if (dynamic_shared > kDefaultLimit) {
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(dynamic_shared));
-  }
+  allow_dynamic_shared(reinterpret_cast<const void*>(kernel), dynamic_shared);
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
