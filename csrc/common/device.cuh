@@ -20,6 +20,9 @@
 // Shared memory of a CTA: KELIX_SHARED(float, tile, [8][33]);
 #define KELIX_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
+// A device function with registers of its own.
+#define KELIX_NOINLINE __noinline__
+
 // The part whose size the launch decides.
 #define KELIX_DYNAMIC_SHARED(type, name)                                  \
   extern __shared__ __align__(1024) unsigned char kelix_dynamic_shared[]; \

@@ -9,9 +9,15 @@
 
 namespace kelix {
 
-// Adds 1. What the CTA wrote before its last barrier is seen by whoever acquires the sum.
-__device__ __forceinline__ void add_release(uint32_t* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+// Adds 1 and gives the value before. What the CTA wrote before its last barrier is seen by whoever
+// acquires the sum.
+__device__ __forceinline__ uint32_t add_release(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
@@ -71,27 +77,19 @@ inline void set_zero(void* memory, size_t bytes, void* stream) {
 
 namespace kelix {
 
-// All CTAs of the grid wait here for each other; what one wrote before, all can read behind it. The
-// counter starts at zero when the kernel does, and only ever grows.
-class GridBarrier {
- public:
-  __device__ explicit GridBarrier(uint32_t* counter) : counter_(counter) {}
-
-  // Called by all threads of all CTAs.
-  __device__ __forceinline__ void wait() {
-    awaited_ += gridDim.x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      add_release(counter_);
-      while (load_acquire(counter_) < awaited_) {
+// Called by all threads of all CTAs, which wait here for each other; what one wrote before, all can
+// read behind it. The counter is zero when the kernel begins and only ever grows.
+__device__ __forceinline__ void grid_barrier(uint32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const uint32_t before = add_release(counter);
+    const uint32_t all = before - before % gridDim.x + gridDim.x;
+    if (before + 1 != all) {
+      while (load_acquire(counter) < all) {
       }
     }
-    __syncthreads();
   }
-
- private:
-  uint32_t* counter_;
-  uint32_t awaited_ = 0;
-};
+  __syncthreads();
+}
 
 }  // namespace kelix

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kLinearWarps* kWarpSize) linear_kernel(LinearA
     rows[r] = args.x + row * args.in;
   }
   float sums[1][kRows] = {};
-  add_products<T, 1, kRows, kWide>(weights, rows, args.in, cache_normally(), sums);
+  add_products<T, 1, kRows, kWide>(weights, rows, static_cast<int>(args.in), cache_normally(),
+                                   sums);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const float sum = warp_sum(sums[0][r]);

@@ -39,14 +39,14 @@ __host__ __device__ __forceinline__ bool takes_wide_loads(const LinearArgs<T>& l
 // kWide: 16-byte loads.
 template <class T, int kOutputs, int kRows, bool kWide>
 __device__ __forceinline__ void add_products(const T* const (&weights)[kOutputs],
-                                             const float* const (&rows)[kRows], int64_t in,
+                                             const float* const (&rows)[kRows], int in,
                                              CachePolicy policy, float (&sums)[kOutputs][kRows]) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (kWide) {
     constexpr int kPerLoad = 16 / sizeof(T);
     constexpr int kUnroll = kOutputs * kRows > 8 ? 2 : 4;
 #pragma unroll kUnroll
-    for (int64_t i = lane * kPerLoad; i < in; i += kWarpSize * kPerLoad) {
+    for (int i = lane * kPerLoad; i < in; i += kWarpSize * kPerLoad) {
       alignas(16) T w[kOutputs][kPerLoad];
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) load_16_bytes(weights[o] + i, policy, w[o]);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_products(const T* const (&weights)[kOutputs]
       }
     }
   } else {
-    for (int64_t i = lane; i < in; i += kWarpSize) {
+    for (int i = lane; i < in; i += kWarpSize) {
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
         const float w = to_float(weights[o][i]);
@@ -126,8 +126,8 @@ __device__ __forceinline__ float* slot_cache(const BlockDecoderArgs& args, int64
 // One warp attends with one head: the query, key and value of `slot` in qkv, what came before in
 // cache; all pointers at the head's first element. A tile of slots at a time, so that its loads are
 // in flight together, with an online softmax over the tiles. out holds the running sum.
-__device__ inline void attend(const float* qkv, const float* cache, int64_t d, int64_t head_dim,
-                              int64_t slot, float* out) {
+__device__ KELIX_NOINLINE static void attend(const float* qkv, const float* cache, int64_t d,
+                                             int64_t head_dim, int64_t slot, float* out) {
   const int lane = threadIdx.x % kWarpSize;
   const float scale = rsqrtf(static_cast<float>(head_dim));
   const auto key_of = [&](int64_t s) { return s == slot ? qkv + d : cache + s * 2 * d; };

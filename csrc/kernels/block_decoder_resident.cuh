@@ -282,7 +282,7 @@ __device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const Livi
     const T* const weights[2] = {linear.weight + first * linear.in,
                                  linear.weight + second * linear.in};
     float sums[2][kRows] = {};
-    add_products<T, 2, kRows, kWide>(weights, rows, linear.in, policy, sums);
+    add_products<T, 2, kRows, kWide>(weights, rows, static_cast<int>(linear.in), policy, sums);
     // Lane r takes row r of the first output, lane kRows + r of the second.
     float value = 0, up = 0;
 #pragma unroll
@@ -312,13 +312,12 @@ __device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const Livi
   }
 }
 
+// A function of its own: inlined, the kernel would need more registers than there are.
 template <class T>
-__device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const LivingRows& living,
-                                             const float* tile) {
+__device__ KELIX_NOINLINE void apply_linear(const SlotStep<T>& step, const LivingRows& living) {
+  KELIX_DYNAMIC_SHARED(float, tile);
   if (living.count == 1) {
     apply_linear<T, 1>(step, living, tile);
-  } else if (living.count == 2) {
-    apply_linear<T, 2>(step, living, tile);
   } else if (living.count <= 4) {
     apply_linear<T, 4>(step, living, tile);
   } else {
@@ -342,8 +341,7 @@ __device__ __forceinline__ void prefetch_head(const BlockDecoderArgs& args, int6
 
 // All that a wide slot's draws need of the whole grid.
 __device__ inline void survey_wide_rows(const BlockDecoderArgs& args, int64_t slot,
-                                        const LivingRows& living, GridBarrier& barrier,
-                                        DrawShared& shared) {
+                                        const LivingRows& living, DrawShared& shared) {
   const int chunks = static_cast<int>(wide_chunks(head_slice(args, slot).width));
   const int units = living.count * chunks;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -352,13 +350,13 @@ __device__ inline void survey_wide_rows(const BlockDecoderArgs& args, int64_t sl
     if (args.banned_id / kWideChunk == chunk) mask_banned_id(args, row, slot);
     summarise_chunk(wide_slot_row(args, row, slot), chunk, rule_of_slot(args, row, slot), shared);
   }
-  barrier.wait();
+  grid_barrier(args.work.arrived);
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int64_t row = living.row[unit / chunks];
     gather_chunk(wide_slot_row(args, row, slot), unit % chunks, rule_of_slot(args, row, slot),
                  shared);
   }
-  barrier.wait();
+  grid_barrier(args.work.arrived);
 }
 
 __device__ inline Drawn draw_slot(const BlockDecoderArgs& args, int64_t row, int64_t slot,
@@ -370,24 +368,25 @@ __device__ inline Drawn draw_slot(const BlockDecoderArgs& args, int64_t row, int
   return draw_row(slot_logits(args, row, slot), width, rule, workspace, shared);
 }
 
-// Draws the living rows' ids into living.id. With draws_everywhere each CTA draws the only row for
-// itself, all of them the same id; else a CTA draws a row, and a barrier tells the others.
-__device__ inline void draw_ids(const BlockDecoderArgs& args, int64_t slot, bool draws_everywhere,
-                                GridBarrier& barrier, ResidentShared& shared, float* tile) {
+// A function of its own for the same reason. Draws the living rows' ids into living.id. With
+// draws_everywhere each CTA draws the only row for itself, all of them the same id; else a CTA
+// draws a row, and a barrier tells the others.
+__device__ KELIX_NOINLINE static void draw_ids(const BlockDecoderArgs& args, int64_t slot,
+                                               bool draws_everywhere, ResidentShared& shared,
+                                               float* tile) {
   LivingRows& living = shared.living;
   const int64_t width = head_slice(args, slot).width, slots = args.num_codes + 1;
-  if (is_wide(width)) survey_wide_rows(args, slot, living, barrier, shared.draw);
-  if (draws_everywhere) {
-    const Drawn drawn = draw_slot(args, living.row[0], slot, tile, shared.draw);
-    if (blockIdx.x == 0) store_slot(args, living.row[0], slot, drawn);
-    if (threadIdx.x == 0) living.id[0] = drawn.id;
-  } else {
-    for (int r = blockIdx.x; r < living.count; r += gridDim.x) {
-      const int64_t row = living.row[r];
-      float* workspace = args.work.sampling + row * draw_workspace(width);
-      store_slot(args, row, slot, draw_slot(args, row, slot, workspace, shared.draw));
-    }
-    barrier.wait();
+  if (is_wide(width)) survey_wide_rows(args, slot, living, shared.draw);
+  const int first = draws_everywhere ? 0 : blockIdx.x;
+  for (int r = first; r < living.count; r += gridDim.x) {
+    const int64_t row = living.row[r];
+    float* own = args.work.sampling + row * draw_workspace(width);
+    const Drawn drawn = draw_slot(args, row, slot, draws_everywhere ? tile : own, shared.draw);
+    if (!draws_everywhere || blockIdx.x == 0) store_slot(args, row, slot, drawn);
+    if (threadIdx.x == 0) living.id[r] = drawn.id;
+  }
+  if (!draws_everywhere) {
+    grid_barrier(args.work.arrived);
     const int r = threadIdx.x;
     if (r < living.count) living.id[r] = args.ids[living.row[r] * slots + slot];
   }
@@ -419,20 +418,21 @@ __device__ inline void begin_living(const BlockDecoderArgs& args, LivingRows& li
 
 template <class T>
 __global__ void __launch_bounds__(kResidentThreads)
-    block_decode_kernel(BlockDecoderArgs args, bool draws_everywhere) {
+    block_decode_kernel(const __grid_constant__ BlockDecoderArgs args, bool draws_everywhere) {
   KELIX_SHARED(ResidentShared, shared);
+  KELIX_SHARED(SlotStep<T>, step);
   KELIX_DYNAMIC_SHARED(float, tile);
-  GridBarrier barrier(args.work.arrived);
   begin_living(args, shared.living);
   for (int64_t slot = 0; slot < args.num_codes; ++slot) {
     prefetch_head<T>(args, slot);
     for (int64_t index = 0; index < steps_per_slot(args); ++index) {
-      const SlotStep<T> step = slot_step<T>(args, slot, index);
+      if (threadIdx.x == 0) step = slot_step<T>(args, slot, index);
+      __syncthreads();
       stage(args, step, slot, shared, tile);
-      apply_linear(step, shared.living, tile);
-      barrier.wait();
+      apply_linear(step, shared.living);
+      grid_barrier(args.work.arrived);
     }
-    draw_ids(args, slot, draws_everywhere, barrier, shared, tile);
+    draw_ids(args, slot, draws_everywhere, shared, tile);
     keep_living(args, slot, shared.living);
     if (shared.living.count == 0) return;
   }

@@ -10,7 +10,7 @@
 
 namespace kelix::cuda {
 
-inline constexpr int kDrawThreads = 1024;
+inline constexpr int kDrawThreads = 512;
 inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 inline constexpr float kLargestFinite = 3.402823466e38f;
 // So few candidates are compared each with each: cheaper than 31 reductions over the CTA.

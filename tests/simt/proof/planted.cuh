@@ -156,13 +156,12 @@ __global__ void grid_barrier_kernel(const float* in, float* out, unsigned* arriv
 // grid between the rounds.
 template <bool kBug>
 __global__ void grid_rounds_kernel(const float* in, float* out, uint32_t* arrived) {
-  GridBarrier barrier(arrived);
   const unsigned size = gridDim.x * blockDim.x;
   const unsigned mine = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned next = (mine + blockDim.x) % size;
   out[mine] = in[threadIdx.x];
   for (unsigned round = 1; round <= 4; ++round) {
-    if (!kBug) barrier.wait();
+    if (!kBug) grid_barrier(arrived);
     out[round * size + mine] = out[(round - 1) * size + next] + 1;
   }
 }

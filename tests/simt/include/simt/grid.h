@@ -10,7 +10,7 @@
 
 namespace kelix {
 
-inline void add_release(uint32_t* counter) { atomicAdd(counter, 1u); }
+inline uint32_t add_release(uint32_t* counter) { return atomicAdd(counter, 1u); }
 
 // Called in a polling loop: lets the others run first.
 __attribute__((always_inline)) inline uint32_t load_acquire(const uint32_t* counter) {
