@@ -12,6 +12,9 @@ namespace kelix::cuda {
 inline constexpr int kResidentThreads = kDrawThreads;
 inline constexpr int kResidentWarps = kResidentThreads / kWarpSize;
 inline constexpr int kMaxResidentRows = 8;
+// Of each row of the head that is read first: with 132 CTAs and bf16 17 MB, which the cache holds
+// beside the decoder's weights.
+inline constexpr int kPrefetchedLines = 32;
 
 // The rows that still draw, and the id that each drew last.
 struct LivingRows {
@@ -155,19 +158,24 @@ __device__ __forceinline__ float total_of(const float (&sums)[kDecoderWarps]) {
   return total;
 }
 
-// Calls f(r, row, c) for all living rows and columns.
-template <class F>
-__device__ __forceinline__ void for_elements(const LivingRows& living, int64_t cols, const F& f) {
+// All columns of each living row; of_row(r, row) gives the function of the column to call.
+template <class OfRow>
+__device__ __forceinline__ void for_elements(const LivingRows& living, int64_t cols,
+                                             const OfRow& of_row) {
   for (int r = 0; r < living.count; ++r) {
+    const auto f = of_row(r, living.row[r]);
 #pragma unroll 4
-    for (int64_t c = threadIdx.x; c < cols; c += kResidentThreads) f(r, living.row[r], c);
+    for (int64_t c = threadIdx.x; c < cols; c += kResidentThreads) f(c);
   }
 }
 
 __device__ inline void stage_copy(const float* from, int64_t cols, const LivingRows& living,
                                   float* tile) {
-  for_elements(living, cols,
-               [&](int r, int64_t row, int64_t c) { tile[r * cols + c] = from[row * cols + c]; });
+  for_elements(living, cols, [&](int r, int64_t row) {
+    const float* x = from + row * cols;
+    float* y = tile + r * cols;
+    return [=](int64_t c) { y[c] = x[c]; };
+  });
   __syncthreads();
 }
 
@@ -175,10 +183,15 @@ template <class T>
 __device__ void stage_slot_input(const BlockDecoderArgs& args, int64_t slot,
                                  const LivingRows& living, float* tile) {
   const int64_t cols = args.input_dim;
-  for_elements(living, cols, [&](int r, int64_t row, int64_t c) {
-    const float u = to_float(slot_input<T>(args, row, slot, living.id[r])[c]);
-    tile[r * cols + c] = u;
-    if (blockIdx.x == 0) args.work.input[row * cols + c] = u;  // added again behind the layers
+  const bool keeps = blockIdx.x == 0;
+  for_elements(living, cols, [&](int r, int64_t row) {
+    const T* source = slot_input<T>(args, row, slot, living.id[r]);
+    float* kept = args.work.input + row * cols;  // added again behind the layers
+    float* y = tile + r * cols;
+    return [=](int64_t c) {
+      y[c] = to_float(source[c]);
+      if (keeps) kept[c] = y[c];
+    };
   });
   __syncthreads();
 }
@@ -197,12 +210,14 @@ __device__ void stage_layer_norm(const SlotStep<T>& step, ResidentShared& shared
     const float mean = total_of(shared.sums[r]) / cols;
     return [=](int64_t c) { return squared_distance(x[c], mean); };
   });
-  for_elements(living, cols, [&](int r, int64_t, int64_t c) {
+  for_elements(living, cols, [&](int r, int64_t) {
     const float mean = total_of(shared.sums[r]) / cols;
     const float scale = layer_norm_scale(total_of(shared.squares[r]), cols);
-    float& x = tile[r * cols + c];
-    x = layer_norm_value(x, mean, scale, to_float(step.norm_weight[c]),
-                         to_float(step.norm_bias[c]));
+    const T *weight = step.norm_weight, *bias = step.norm_bias;
+    float* x = tile + r * cols;
+    return [=](int64_t c) {
+      x[c] = layer_norm_value(x[c], mean, scale, to_float(weight[c]), to_float(bias[c]));
+    };
   });
   __syncthreads();
 }
@@ -217,9 +232,11 @@ __device__ void stage_head_norm(const BlockDecoderArgs& args, const SlotStep<T>&
     const float* x = tile + r * cols;
     return [=](int64_t c) { return x[c] * x[c]; };
   });
-  for_elements(living, cols, [&](int r, int64_t, int64_t c) {
+  for_elements(living, cols, [&](int r, int64_t) {
     const float scale = head_norm_scale(total_of(shared.squares[r]), cols, args.norm_eps);
-    tile[r * cols + c] *= scale * to_float(step.norm_weight[c]);
+    const T* weight = step.norm_weight;
+    float* x = tile + r * cols;
+    return [=](int64_t c) { x[c] *= scale * to_float(weight[c]); };
   });
   __syncthreads();
 }
@@ -312,7 +329,7 @@ __device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const Livi
   }
 }
 
-// A function of its own: inlined, the kernel would need more registers than there are.
+// Not inlined, so that the registers of the products and of the draws do not add up.
 template <class T>
 __device__ KELIX_NOINLINE void apply_linear(const SlotStep<T>& step, const LivingRows& living) {
   KELIX_DYNAMIC_SHARED(float, tile);
@@ -326,17 +343,19 @@ __device__ KELIX_NOINLINE void apply_linear(const SlotStep<T>& step, const Livin
 }
 
 // The memory is idle while the decoder runs out of the cache: let it bring the start of the head's
-// rows that the warp will read first, one cache line per lane.
+// rows that the warp will read first.
 template <class T>
 __device__ __forceinline__ void prefetch_head(const BlockDecoderArgs& args, int64_t slot) {
-  constexpr int kLines = kWarpSize / 2;  // of each of the two rows
+  constexpr int kLanes = kWarpSize / 2;  // for each of the two rows
+  constexpr int64_t kPerLine = kCacheLine / sizeof(T);
   const HeadSlice slice = head_slice(args, slot);
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t output = 2 * first_pair() + lane / kLines;
-  const int64_t column = lane % kLines * (kCacheLine / static_cast<int64_t>(sizeof(T)));
-  if (output >= slice.width || column >= args.input_dim) return;
-  const T* head = static_cast<const T*>(args.head);
-  prefetch_line(head + (slice.first + output) * args.input_dim + column);
+  const int64_t output = 2 * first_pair() + lane / kLanes;
+  if (output >= slice.width) return;
+  const T* row = static_cast<const T*>(args.head) + (slice.first + output) * args.input_dim;
+  for (int line = lane % kLanes; line < kPrefetchedLines; line += kLanes) {
+    if (line * kPerLine < args.input_dim) prefetch_line(row + line * kPerLine);
+  }
 }
 
 // All that a wide slot's draws need of the whole grid.
@@ -368,9 +387,9 @@ __device__ inline Drawn draw_slot(const BlockDecoderArgs& args, int64_t row, int
   return draw_row(slot_logits(args, row, slot), width, rule, workspace, shared);
 }
 
-// A function of its own for the same reason. Draws the living rows' ids into living.id. With
-// draws_everywhere each CTA draws the only row for itself, all of them the same id; else a CTA
-// draws a row, and a barrier tells the others.
+// Draws the living rows' ids into living.id. With draws_everywhere each CTA draws the only row for
+// itself, all of them the same id; else a CTA draws a row, and a barrier tells the others. Not
+// inlined for the same reason.
 __device__ KELIX_NOINLINE static void draw_ids(const BlockDecoderArgs& args, int64_t slot,
                                                bool draws_everywhere, ResidentShared& shared,
                                                float* tile) {
