@@ -35,6 +35,7 @@ struct BlockDecoderWorkspace {
   float* logits;       // [B, widest slice of the head]
   float* sampling;     // [B, draw_workspace(widest slice)]
   int64_t* active;     // [B] rows still drawing, int64 (CPU)
+  uint32_t* arrived;   // CTAs at the barriers of the grid, one uint32 (CUDA)
 };
 
 struct BlockDecoderArgs {

@@ -20,6 +20,9 @@
 // Shared memory of a CTA: KELIX_SHARED(float, tile, [8][33]);
 #define KELIX_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
+// A device function with registers of its own.
+#define KELIX_NOINLINE __noinline__
+
 // The part whose size the launch decides.
 #define KELIX_DYNAMIC_SHARED(type, name)                                  \
   extern __shared__ __align__(1024) unsigned char kelix_dynamic_shared[]; \
@@ -27,16 +30,19 @@
 
 namespace kelix {
 
+// More than the default takes a word to the driver.
+inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (dynamic_shared <= kDefaultLimit) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(dynamic_shared));
+}
+
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...)
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,
                    void* stream, const Arguments&... arguments) {
-  constexpr size_t kDefaultLimit = 48 << 10;
-  if (dynamic_shared > kDefaultLimit) {
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(dynamic_shared));
-  }
+  allow_dynamic_shared(reinterpret_cast<const void*>(kernel), dynamic_shared);
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/block_decoder.cuh"
 #include "kernels/block_decoder.h"
+#include "kernels/block_decoder_resident.h"
 
 namespace kelix::cuda {
 namespace {
@@ -14,14 +15,10 @@ struct Launcher {
 
   template <int kRows>
   void linear_tiles(const LinearArgs<T>& linear) const {
-    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     const dim3 grid(static_cast<unsigned>((linear.out + kLinearWarps - 1) / kLinearWarps),
                     static_cast<unsigned>((linear.batch + kRows - 1) / kRows));
     const int threads = kLinearWarps * kWarpSize;
-    // Rows of weights and of x must both start on 16 bytes.
-    const int64_t step = 16 / static_cast<int64_t>(sizeof(T));
-    if (linear.in % step == 0 && linear.in % 4 == 0 && aligned(linear.weight) &&
-        aligned(linear.x)) {
+    if (takes_wide_loads(linear)) {
       launch_kernel(linear_kernel<T, kRows, true>, grid, threads, 0, stream, linear);
     } else {
       launch_kernel(linear_kernel<T, kRows, false>, grid, threads, 0, stream, linear);
@@ -76,7 +73,18 @@ struct Launcher {
     const HeadSlice slice = head_slice(args, slot);
     linear(static_cast<const T*>(args.head) + slice.first * wide, nullptr, nullptr, work.output,
            nullptr, work.logits, wide, slice.width);
-    launch_kernel(draw_slot_kernel, rows(), kDrawThreads, 0, stream, args, slot);
+    draw(slot, slice.width);
+  }
+
+  void draw(int64_t slot, int64_t width) const {
+    if (!is_wide(width)) {
+      launch_kernel(draw_slot_kernel, rows(), kDrawThreads, 0, stream, args, slot);
+      return;
+    }
+    const dim3 chunks(static_cast<unsigned>(wide_chunks(width)), rows());
+    launch_kernel(summarise_slot_kernel, chunks, kDrawThreads, 0, stream, args, slot);
+    launch_kernel(gather_slot_kernel, chunks, kDrawThreads, 0, stream, args, slot);
+    launch_kernel(finish_slot_kernel, rows(), kDrawThreads, 0, stream, args, slot);
   }
 };
 
@@ -84,6 +92,7 @@ struct Launcher {
 
 const char* block_decode(const BlockDecoderArgs& args, void* stream) {
   if (args.batch == 0) return nullptr;
+  if (block_decode_resident(args, stream)) return launch_error();
   with_dtype(args.dtype, [&](auto type) {
     const Launcher<decltype(type)> launcher{args, static_cast<cudaStream_t>(stream)};
     for (int64_t slot = 0; slot < args.num_codes; ++slot) launcher.slot(slot);

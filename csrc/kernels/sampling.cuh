@@ -1,7 +1,7 @@
-// Draws one id from one row of logits, a CTA per row. Nothing is sorted: every rule keeps the
-// candidates down to some distance below the maximum, and that distance is found by bisection over
-// the bits of a float. Counts and masses are integers, so that no result depends on the order in
-// which threads add or append.
+// Draws one id from one row of logits, a CTA per row (wider rows: sampling_wide.cuh). Nothing is
+// sorted: every rule keeps the candidates down to some distance below the maximum. That distance is
+// found by ranks among a few candidates, else by bisection over the bits of a float. Counts and
+// masses are integers, so that no result depends on the order in which threads add or append.
 #pragma once
 
 #include "common/device.cuh"
@@ -10,14 +10,18 @@
 
 namespace kelix::cuda {
 
-inline constexpr int kDrawThreads = 1024;
+inline constexpr int kDrawThreads = 512;
 inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 inline constexpr float kLargestFinite = 3.402823466e38f;
+// So few candidates are compared each with each: cheaper than 31 reductions over the CTA.
+inline constexpr int kRankedCandidates = 256;
 
 struct DrawShared {
   uint64_t words[kDrawThreads / kWarpSize];
   float floats[kDrawThreads / kWarpSize];
-  float nearest[kDrawThreads];  // the least distance among each thread's columns
+  float nearest[kDrawThreads];  // the least distance in each of up to so many groups of columns
+  float ranked[kRankedCandidates];
+  uint64_t weights[kRankedCandidates];
   int count;
 };
 
@@ -79,10 +83,37 @@ __device__ uint64_t weight_within(const float* distance, int count, float limit,
   return cta_total(sum, shared);
 }
 
+// kept_distance for at most kRankedCandidates: each looks at all others.
+template <class Weight>
+__device__ float kept_distance_by_rank(const float* distance, int count, uint64_t target,
+                                       const Weight& weight, DrawShared& shared) {
+  const int mine = threadIdx.x;
+  const bool takes_part = mine < count;
+  const float own = takes_part ? distance[mine] : 0.0f;
+  const uint64_t own_weight = takes_part ? weight(mine) : 0;
+  if (takes_part) {
+    shared.ranked[mine] = own;
+    shared.weights[mine] = own_weight;
+  }
+  // Its barriers also show the arrays to all.
+  if (cta_total(own_weight, shared) < target) return kLargestFinite;
+  uint64_t nearer = 0;
+  if (takes_part) {
+    for (int i = 0; i < count; ++i) nearer += shared.ranked[i] < own ? shared.weights[i] : 0;
+  }
+  const float reached = takes_part && nearer < target ? own : 0.0f;
+  const float farthest =
+      cta_reduce(reached, shared.floats, [](float a, float b) { return fmaxf(a, b); });
+  return fminf(farthest, kLargestFinite);
+}
+
 // The largest distance for which the candidates strictly nearer weigh less than `target`.
 template <class Weight>
 __device__ float kept_distance(const float* distance, int count, uint64_t target,
                                const Weight& weight, DrawShared& shared) {
+  if (count <= kRankedCandidates) {
+    return kept_distance_by_rank(distance, count, target, weight, shared);
+  }
   const uint32_t bits = last_that_holds(kInfinityBits, [&](uint32_t middle) {
     return weight_within(distance, count, float_of_bits(middle), weight, shared) < target;
   });
@@ -138,36 +169,72 @@ __device__ int gather_candidates(const T* row, int cols, float peak, float tempe
   return shared.count;
 }
 
-// The column drawn at temperature > 0. `top`: the largest logit among the thread's own columns.
-template <class T>
-__device__ int64_t draw_column(const T* row, int cols, const DrawRule& rule, float peak, float top,
-                               Candidates found, DrawShared& shared) {
+// What a rule asks of a row of `cols` columns.
+struct Filter {
+  float temperature, min_p;
+  uint64_t wanted;  // top-k, when by_count
+  bool by_count, by_mass, greedy;
+};
+
+__device__ __forceinline__ Filter filter_of(const DrawRule& rule, int cols) {
+  Filter filter;
   const float raised = rule.reference ? rule.temperature + 1e-5f : rule.temperature;
-  const float temperature = rule.temperature > 0 ? raised : 1.0f;
-  const bool by_count = rule.top_k >= 1 && rule.top_k < static_cast<float>(cols);
-  const bool by_mass = rule.top_p < 1;
-  const uint64_t wanted = by_count ? static_cast<uint64_t>(rule.top_k) : 0;
-  const auto one = [](int) { return 1; };
-  float limit = kLargestFinite;
-  uint64_t total = 0;
-  if (by_count && wanted <= kDrawThreads) {
-    // k threads have a column this near, so the k nearest candidates are no farther.
-    shared.nearest[threadIdx.x] = (peak - top) / temperature;
-    __syncthreads();
-    limit = kept_distance(shared.nearest, kDrawThreads, wanted, one, shared);
-  } else if (!by_count && by_mass) {
-    // All candidates farther than this weigh less than 1 - top_p together.
-    for (int c = threadIdx.x; c < cols; c += kDrawThreads) {
-      total += mass_of((peak - to_float(row[c])) / temperature);
-    }
-    total = cta_total(total, shared);
-    limit = logf(cols / ((1 - rule.top_p) * (total * 0x1p-40f))) + 0.1f;
+  filter.temperature = rule.temperature > 0 ? raised : 1.0f;
+  filter.min_p = rule.reference ? 0.0f : rule.min_p;
+  filter.by_count = rule.top_k >= 1 && rule.top_k < static_cast<float>(cols);
+  filter.wanted = filter.by_count ? static_cast<uint64_t>(rule.top_k) : 0;
+  filter.by_mass = rule.top_p < 1;
+  filter.greedy = rule.top_k == 1 || (rule.temperature <= 0 && !rule.reference);
+  return filter;
+}
+
+// A distance that at least `wanted` columns reach. `top`: the largest logit of the columns that the
+// thread stands for; all threads together stand for every column once.
+__device__ inline float distance_of_wanted(float top, float peak, const Filter& filter,
+                                           DrawShared& shared) {
+  if (filter.wanted > kDrawThreads) return kLargestFinite;
+  constexpr int kFold = kDrawThreads / kRankedCandidates;
+  // Groups well above k in number, or about every column would pass.
+  const int fold = 2 * filter.wanted <= kRankedCandidates ? kFold : 1;
+  for (int offset = 1; offset < fold; offset *= 2) top = fmaxf(top, shuffle_xor(top, offset));
+  if (threadIdx.x % fold == 0) {
+    shared.nearest[threadIdx.x / fold] = (peak - top) / filter.temperature;
   }
-  found.count = gather_candidates(row, cols, peak, temperature, limit, found, shared);
-  if (by_count) limit = kept_distance(found.distance, found.count, wanted, one, shared);
+  __syncthreads();
+  return kept_distance(
+      shared.nearest, kDrawThreads / fold, filter.wanted, [](int) { return 1; }, shared);
+}
+
+// All candidates farther than this weigh less than 1 - top_p together. `sum`: of exp(-distance).
+__device__ __forceinline__ float distance_of_mass(float sum, float top_p, int cols) {
+  return logf(cols / ((1 - top_p) * sum)) + 0.1f;
+}
+
+// Gumbel's trick: the candidate with the best score is a draw from their softmax.
+__device__ __forceinline__ uint64_t packed_score(const DrawRule& rule, float distance, int column) {
+  const uint32_t word = candidate_word(rule.seed, rule.step, static_cast<uint32_t>(rule.slot),
+                                       static_cast<uint32_t>(rule.first_id + column));
+  const float gumbel = -logf(-logf(uniform_of(word)));
+  return pack_best(gumbel - distance, column);
+}
+
+__device__ __forceinline__ bool below_min_p(float distance, float min_p) {
+  return min_p > 0 && distance > 0 && expf(-distance) < min_p;
+}
+
+// The column drawn among gathered candidates, which hold all that the filter can keep. `total`: the
+// mass of the whole row, for top-p without top-k.
+__device__ inline int64_t draw_candidate(const DrawRule& rule, const Filter& filter, int cols,
+                                         uint64_t total, const Candidates& found,
+                                         DrawShared& shared) {
+  float limit = kLargestFinite;
+  if (filter.by_count) {
+    limit =
+        kept_distance(found.distance, found.count, filter.wanted, [](int) { return 1; }, shared);
+  }
   Kept kept{limit, cols};
-  if (by_mass) {
-    if (by_count) {
+  if (filter.by_mass) {
+    if (filter.by_count) {
       const auto mass = [&](int i) {
         return found.distance[i] <= limit ? mass_of(found.distance[i]) : 0;
       };
@@ -177,24 +244,40 @@ __device__ int64_t draw_column(const T* row, int cols, const DrawRule& rule, flo
     kept = keep_top_p(found, limit, target > 0 ? static_cast<uint64_t>(ceil(target)) : 0,
                       rule.reference, cols, shared);
   }
-  const float min_p = rule.reference ? 0.0f : rule.min_p;
   uint64_t best = 0;
   for (int i = threadIdx.x; i < found.count; i += kDrawThreads) {
     const float distance = found.distance[i];
     const int column = found.column[i];
     if (distance > kept.distance || (distance == kept.distance && column > kept.column)) continue;
-    if (min_p > 0 && distance > 0 && expf(-distance) < min_p) continue;
-    const uint32_t word = candidate_word(rule.seed, rule.step, static_cast<uint32_t>(rule.slot),
-                                         static_cast<uint32_t>(rule.first_id + column));
-    const float gumbel = -logf(-logf(uniform_of(word)));
-    const uint64_t packed = pack_best(gumbel - distance, column);
+    if (below_min_p(distance, filter.min_p)) continue;
+    const uint64_t packed = packed_score(rule, distance, column);
     best = packed > best ? packed : best;
   }
   return best_column(best, shared);
 }
 
-// Called by all kDrawThreads threads; the same result in each. workspace: draw_workspace(cols)
-// floats of this row's own.
+// The column drawn from a row that one CTA reads alone. `top`: the largest logit among the thread's
+// own columns.
+template <class T>
+__device__ int64_t draw_column(const T* row, int cols, const DrawRule& rule, const Filter& filter,
+                               float peak, float top, Candidates found, DrawShared& shared) {
+  float limit = kLargestFinite;
+  uint64_t total = 0;
+  if (filter.by_count) {
+    limit = distance_of_wanted(top, peak, filter, shared);
+  } else if (filter.by_mass) {
+    for (int c = threadIdx.x; c < cols; c += kDrawThreads) {
+      total += mass_of((peak - to_float(row[c])) / filter.temperature);
+    }
+    total = cta_total(total, shared);
+    limit = distance_of_mass(total * 0x1p-40f, rule.top_p, cols);
+  }
+  found.count = gather_candidates(row, cols, peak, filter.temperature, limit, found, shared);
+  return draw_candidate(rule, filter, cols, total, found, shared);
+}
+
+// Called by all kDrawThreads threads; the same result in each. For rows that are not wide.
+// workspace: 2 * width floats of this row's own.
 template <class T>
 __device__ Drawn draw_row(const T* row, int64_t width, const DrawRule& rule, float* workspace,
                           DrawShared& shared) {
@@ -216,27 +299,33 @@ __device__ Drawn draw_row(const T* row, int64_t width, const DrawRule& rule, flo
   float sum = 0;
   for (int c = threadIdx.x; c < cols; c += kDrawThreads) sum += expf(to_float(row[c]) - peak);
   const float log_sum = logf(cta_sum(sum, shared.floats));
-  const bool greedy = rule.top_k == 1 || (rule.temperature <= 0 && !rule.reference);
+  const Filter filter = filter_of(rule, cols);
   const Candidates found{workspace, reinterpret_cast<int*>(workspace + width), 0};
-  const int64_t column =
-      greedy ? best_column(best, shared) : draw_column(row, cols, rule, peak, top, found, shared);
+  const int64_t column = filter.greedy
+                             ? best_column(best, shared)
+                             : draw_column(row, cols, rule, filter, peak, top, found, shared);
   return {rule.first_id + column, to_float(row[column]) - peak - log_sum};
+}
+
+__device__ __forceinline__ DrawRule rule_of_row(const SampleArgs& args, int64_t r) {
+  const float* params = args.params + 4 * r;
+  return {params[0],     params[1],     params[2],     params[3],     args.seeds[r],
+          args.steps[r], args.slots[r], args.first_id, args.reference};
+}
+
+__device__ __forceinline__ void store_drawn(const SampleArgs& args, int64_t r, const Drawn& drawn) {
+  if (threadIdx.x != 0) return;
+  args.ids[r] = drawn.id;
+  args.logprobs[r] = drawn.logprob;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads) sample_blocks_kernel(SampleArgs args) {
   KELIX_SHARED(DrawShared, shared);
   const int64_t r = blockIdx.x;
-  const float* params = args.params + 4 * r;
-  const DrawRule rule{params[0],     params[1],     params[2],     params[3],     args.seeds[r],
-                      args.steps[r], args.slots[r], args.first_id, args.reference};
   const T* row = static_cast<const T*>(args.logits) + r * args.cols;
-  const Drawn drawn =
-      draw_row(row, args.cols, rule, args.workspace + r * draw_workspace(args.cols), shared);
-  if (threadIdx.x == 0) {
-    args.ids[r] = drawn.id;
-    args.logprobs[r] = drawn.logprob;
-  }
+  float* workspace = args.workspace + r * draw_workspace(args.cols);
+  store_drawn(args, r, draw_row(row, args.cols, rule_of_row(args, r), workspace, shared));
 }
 
 }  // namespace kelix::cuda

@@ -80,6 +80,7 @@ BlockDecoderWorkspace carve(FloatArena& arena, const BlockDecoderArgs& args) {
   work.keys_values = arena.take(rows * args.num_layers * (args.num_codes + 1) * 2 * d);
   work.logits = arena.take(rows * slice);
   work.sampling = arena.take(rows * draw_workspace(slice));
+  work.arrived = reinterpret_cast<uint32_t*>(arena.take(1));
   return work;
 }
 

@@ -55,27 +55,30 @@ def codes(device: str) -> None:
 
 
 def sampling(device: str) -> None:
-    """sampling stem: greedy, filtered and reference rows."""
+    """sampling stem: greedy, filtered and reference rows, narrow and shared by several CTAs."""
     params = torch.tensor([[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0], [0.7, 0, 0.8, 0.1]], device=device)
     keys = torch.arange(3, device=device)
-    logits = randn(3, 301, device=device)
-    for reference in (False, True):
-        ops.sample_blocks(logits, params, keys, keys, keys, 0, reference)
+    for width in (301, 16501):
+        logits = randn(3, width, device=device)
+        for reference in (False, True):
+            ops.sample_blocks(logits, params, keys, keys, keys, 0, reference)
 
 
 def block_decoder(device: str) -> None:
-    """block_decoder stem: N = 3 codes, two layers, a batch of greedy and drawn rows."""
+    """block_decoder stem: N = 3 codes, two layers, greedy and drawn rows; one launch for two
+    rows, a launch per step for ten."""
     shape = ops.BlockDecoderShape(
         d_model=20, num_heads=2, num_layers=2, ffn=28, input_dim=36, num_slots=4
     )
     weights = randn(shape.packed_size, device=device, scale=0.1)
     table, head = randn(70, 36, device=device), randn(70, 36, device=device, seed=1)
     params = torch.tensor([[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0]], device=device)
-    keys = torch.arange(2, device=device)
-    ops.block_decode(
-        randn(2, 36, device=device), weights, table, randn(36, device=device), head,
-        params.unsqueeze(1).repeat(1, 4, 1), keys, keys, 3, 40, 39, 7, 20, 2, 2, 28,
-    )  # fmt: skip
+    for times in (1, 5):
+        keys = torch.arange(2 * times, device=device)
+        ops.block_decode(
+            randn(2 * times, 36, device=device), weights, table, randn(36, device=device), head,
+            params.unsqueeze(1).repeat(times, 4, 1), keys, keys, 3, 40, 39, 7, 20, 2, 2, 28,
+        )  # fmt: skip
 
 
 def diffusion(device: str) -> None:

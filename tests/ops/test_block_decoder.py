@@ -85,15 +85,22 @@ class Case:
 
 
 VISUAL = Case(text_scale=0.01)
+MIXED = Case(num_codes=8, batch=5, text_scale=0.4, heads=2)
+# Slot 0 is wide enough that several CTAs share a row.
+WIDE = Case(
+    num_codes=2, d_model=16, heads=2, ffn=16, wide=8, text_vocab=16500, codes=8, batch=2,
+    text_scale=0.3,
+)  # fmt: skip
 CASES = [
     VISUAL,
     Case(),
     Case(num_codes=1, batch=1, text_scale=0.01),
-    Case(num_codes=8, batch=5, text_scale=0.4, heads=2),
+    MIXED,
     Case(num_codes=3, layers=2, d_model=15, heads=3, ffn=7, wide=37, text_scale=0.3, batch=4),
     Case(num_codes=8, layers=2, d_model=33, heads=1, ffn=20, wide=65, text_scale=0.01, batch=2),
     Case(num_codes=2, d_model=32, heads=8, wide=24, text_vocab=333, codes=70, batch=9),
     Case(num_codes=2, d_model=1, heads=1, ffn=1, wide=1, text_vocab=6, codes=1, batch=2, banned=3),
+    WIDE,
 ]
 
 
@@ -119,7 +126,7 @@ def test_equals_torch(case: Case, rule: tuple[float, ...], dtype: torch.dtype, d
 @pytest.mark.parametrize("device", DEVICES)
 def test_both_kinds_of_block_appear(device: str) -> None:
     """The cases above mean something: text rows, visual rows, and batches that hold both."""
-    case = replace(CASES[3], device=device, batch=40)
+    case = replace(MIXED, device=device, batch=40)
     ids, logprobs = assert_equal_to_torch(case.arguments(SAMPLED[0]))
     visual = ids[:, 0] >= case.text_vocab
     assert 5 <= visual.sum() <= 35
@@ -137,7 +144,7 @@ def test_row_is_independent_of_its_batch(
     dtype: torch.dtype, rule: tuple[float, ...], device: str
 ) -> None:
     """Bit-equal alone and in a batch of 13, among rows that leave early."""
-    case = replace(CASES[3], batch=13, wide=70, dtype=dtype, device=device)
+    case = replace(MIXED, batch=13, wide=70, dtype=dtype, device=device)
     arguments = case.arguments(rule)
     ids, logprobs = ops.block_decode(**arguments)
     for row in range(case.batch):
@@ -150,8 +157,28 @@ def test_row_is_independent_of_its_batch(
         assert torch.equal(one_logprobs[0], logprobs[row])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [MIXED, CASES[4], WIDE], ids=lambda case: f"d{case.d_model}")
+def test_a_large_batch_and_its_parts_agree(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Bit-equal in the CUDA kernels' two forms: a launch per step for a batch of nine, one launch
+    for its first rows, some of which leave early."""
+    case = replace(case, batch=9, dtype=dtype, device=device)
+    arguments = case.arguments(SAMPLED[1])
+    arguments["params"] = arguments["params"].clone()
+    arguments["params"][::2, 1:] = torch.tensor(SAMPLED[0], device=device)
+    ids, logprobs = ops.block_decode(**arguments)
+    for rows in (1, 3, 8):
+        first = {
+            name: value[:rows] if name in ("hidden", "params", "seeds", "steps") else value
+            for name, value in arguments.items()
+        }
+        some_ids, some_logprobs = ops.block_decode(**first)
+        assert torch.equal(some_ids, ids[:rows]) and torch.equal(some_logprobs, logprobs[:rows])
+
+
 def test_independent_of_the_number_of_threads() -> None:
-    case = replace(CASES[3], wide=512, d_model=128, ffn=300, text_vocab=2000, codes=400)
+    case = replace(MIXED, wide=512, d_model=128, ffn=300, text_vocab=2000, codes=400)
     arguments = case.arguments(SAMPLED[0])
     threads = torch.get_num_threads()
     try:

@@ -64,7 +64,9 @@ def assert_same_draws(logits: Tensor, arguments: Arguments, first_id: int, refer
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("rows_and_cols", [(3, 1), (64, 5), (64, 100), (64, 896), (8, 20001)])
+@pytest.mark.parametrize(
+    "rows_and_cols", [(3, 1), (64, 5), (64, 100), (64, 896), (2, 16384), (8, 20001)]
+)
 def test_draws_what_torch_draws(
     rows_and_cols: tuple[int, int], rule: tuple[float, ...], reference: bool, device: str
 ) -> None:
@@ -211,9 +213,27 @@ def test_rows_that_cannot_be_drawn(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_greedy_takes_the_lowest_of_equal_maxima(device: str) -> None:
-    logits = randn(2, 500, device=device)
-    logits[:, [77, 300, 499]] = 9.0
+@pytest.mark.parametrize("rule", [RULES[0], RULES[1], RULES[2], RULES[9]])
+def test_wide_rows_that_cannot_be_drawn(rule: tuple[float, ...], device: str) -> None:
+    """Rows that several CTAs share, whose parts may hold nothing but -inf."""
+    width = 16500
+    logits = randn(6, width, device=device)
+    logits[0, width - 1] = math.nan
+    logits[1, 3] = math.inf
+    logits[2:5] = -math.inf
+    logits[3, 9000] = -5.0
+    logits[4, width - 1] = 700.0
+    ids, logprobs = ops.sample_blocks(logits, *draw_arguments(6, rule, device), 10)
+    assert ids[:3].tolist() == [-1, -1, -1] and logprobs[:3].isnan().all()
+    assert ids[3:5].tolist() == [9010, width + 9] and (logprobs[3:5] == 0).all()
+    assert 10 <= ids[5].item() < width + 10 and logprobs[5].isfinite()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [500, 20000])
+def test_greedy_takes_the_lowest_of_equal_maxima(width: int, device: str) -> None:
+    logits = randn(2, width, device=device)
+    logits[:, [77, 300, width - 1]] = 9.0
     params = torch.tensor([[0.0, 0, 1, 0], [0.9, 1, 0.5, 0]], device=device)
     zero = torch.zeros(2, dtype=torch.int64, device=device)
     assert ops.sample_blocks(logits, params, zero, zero, zero)[0].tolist() == [77, 77]

@@ -42,6 +42,7 @@ CAUGHT = {
     "absent_lane": (r"reads lane \d+, which takes no part", 8),
     "masked_out": ("the mask leaves out the calling lane", 8),
     "grid_barrier": (r"deadlock, waiting are thread \d+ of CTA \d in __nanosleep", 8),
+    "grid_rounds": ("wrong", 8),
     "shared_overrun": ("shared array `tile` was written past its end", 8),
     "block_size": ("a CTA must have 1 to 1024 threads, got 2048", 8),
 }

@@ -43,7 +43,7 @@ STEMS = [
 ]
 SANITIZED_STEMS = [
     Stem("sampling", 1, "ties or cannot_be_drawn"),
-    Stem("block_decoder", 1, "equals_torch"),
+    Stem("block_decoder", 1, "equals_torch or parts_agree"),
     Stem("attention", 3),
     Stem("codes", 3, "not wide_rows"),
     Stem("codes", 3, "not wide_rows and not embed", capability=80),

@@ -62,6 +62,20 @@ std::string run_grid_barrier(bool with_bug) {
   return verdict(right);
 }
 
+std::string run_grid_rounds(bool with_bug) {
+  constexpr unsigned kCtas = 6, kThreads = 64, kRounds = 4;
+  const std::vector<float> in = inputs(kThreads);
+  std::vector<float> out((kRounds + 1) * kCtas * kThreads, NAN);
+  uint32_t arrived = 0;
+  launch_kernel_together(with_bug ? grid_rounds_kernel<true> : grid_rounds_kernel<false>, kCtas,
+                         kThreads, 0, nullptr, in.data(), out.data(), &arrived);
+  bool right = true;
+  for (unsigned i = 0; i < kCtas * kThreads; ++i) {
+    right &= out[kRounds * kCtas * kThreads + i] == in[i % kThreads] + kRounds;
+  }
+  return verdict(right);
+}
+
 template <GemmBug kBug>
 std::string run_gemm() {
   constexpr int kM = 128, kN = 64, kK = 160;
@@ -199,6 +213,7 @@ const std::map<std::string, std::function<std::string(bool)>>& cases() {
                     [](int i) { return same(127 - i); });
        }},
       {"grid_barrier", run_grid_barrier},
+      {"grid_rounds", run_grid_rounds},
       {"gemm_barrier",
        [](bool bug) { return bug ? run_gemm<GemmBug::kNoBarrier>() : run_gemm<GemmBug::kNone>(); }},
       {"gemm_wait",

@@ -3,6 +3,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/device.cuh"
+#include "common/grid.cuh"
 
 namespace kelix::proof {
 
@@ -161,6 +162,20 @@ __global__ void grid_barrier_kernel(const float* in, float* out, unsigned* arriv
   const unsigned next = (blockIdx.x + 1) % gridDim.x;
   float* mine = out + (gridDim.x + blockIdx.x) * blockDim.x;
   mine[threadIdx.x] = out[next * blockDim.x + threadIdx.x] + 1;
+}
+
+// Each round a CTA adds 1 to what its neighbour had in the round before. The bug: no barrier of the
+// grid between the rounds.
+template <bool kBug>
+__global__ void grid_rounds_kernel(const float* in, float* out, uint32_t* arrived) {
+  const unsigned size = gridDim.x * blockDim.x;
+  const unsigned mine = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned next = (mine + blockDim.x) % size;
+  out[mine] = in[threadIdx.x];
+  for (unsigned round = 1; round <= 4; ++round) {
+    if (!kBug) grid_barrier(arrived);
+    out[round * size + mine] = out[(round - 1) * size + next] + 1;
+  }
 }
 
 }  // namespace kelix::proof

@@ -16,6 +16,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
 #define threadIdx (::simt::current->index)
@@ -29,6 +30,8 @@
   static char name##_shared_key;                                \
   name##_shared_type& name = *static_cast<name##_shared_type*>( \
       ::simt::shared_array(&name##_shared_key, sizeof(name##_shared_type), #name))
+
+#define KELIX_NOINLINE __attribute__((noinline))
 
 #define KELIX_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::simt::dynamic_shared())
