@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kelix_rt.models.backbone import StepContext
 from kelix_rt.scheduler import BlockPlan, Span
-from kelix_rt.sequence import Sequence
+from kelix_rt.speculation import DRAFT_ROWS
 from kelix_rt.stages.generate import BlockBatch
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class StepBuffer:
         self.pool = pool
         self.width = pool.row_width
         pages = -(-max_positions // pool.page_size)
-        sizes = self._sections(max_tokens, max_batch, max_batch, max_tokens, pages)
+        blocks = max_batch + DRAFT_ROWS
+        sizes = self._sections(max_tokens, max_batch, blocks, max_tokens, pages)
         capacity = sum(_aligned(dtype, shape) for dtype, shape in sizes.values())
         pinned = device.type == "cuda"
         self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
@@ -70,19 +71,21 @@ class StepBuffer:
     def pack(self, plan: BlockPlan) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
         """The batch of a plan, the spans in the order of its block rows, and what is kept.
 
-        The last value pairs spans with their number of kept hidden rows, in order.
+        A span has `num_blocks` block rows, one after another. The last value pairs spans with
+        their number of kept hidden rows, in order.
         """
         if self._copied is not None:
             self._copied.synchronize()  # the previous copy must have left the host buffer
         spans = plan.spans
         drawn = [s for s in spans if s.wants_block and s.sequence.sampling.rule == "ancestral"]
-        ancestral = len(drawn)
+        ancestral = sum(span.num_blocks for span in drawn)
         drawn += [s for s in spans if s.wants_block and s.sequence.sampling.rule == "reference"]
         keeps = [span.sequence.new_hidden(span.start, span.end) for span in spans]
         total = sum(span.count for span in spans)
         kept = sum(len(keep) for keep in keeps)
         width = -(-max(span.end for span in spans) // self.pool.page_size)
-        layout = self._layout(total, len(spans), len(drawn), kept, width, ancestral)
+        blocks = sum(span.num_blocks for span in drawn)
+        layout = self._layout(total, len(spans), blocks, kept, width, ancestral)
         self._fill(layout.host, spans, drawn, keeps)
         if self._copied is not None:
             used = slice(0, layout.used)
@@ -100,7 +103,7 @@ class StepBuffer:
     ) -> None:
         ids, positions, query_start = host["ids"], host["positions"], host["query_start"]
         context_lens, keep_rows = host["context_lens"], host["keep_rows"]
-        row_of: dict[Sequence, int] = {}
+        row_after: dict[Span, int] = {}
         row = kept = 0
         for index, (span, keep) in enumerate(zip(spans, keeps, strict=True)):
             end, stop = row + span.count, span.end
@@ -113,7 +116,7 @@ class StepBuffer:
                 keep_rows[kept : kept + len(keep)] = np.arange(first, first + len(keep))
                 kept += len(keep)
             row = end
-            row_of[span.sequence] = row - 1
+            row_after[span] = row
         query_start[len(spans)] = row
 
         table, page = host["page_table"], self.pool.page_size
@@ -124,12 +127,15 @@ class StepBuffer:
         host["slots"][:] = table[owners, positions // page].astype(np.int64) * page
         host["slots"] += positions % page
 
-        for index, span in enumerate(drawn):
-            sequence = span.sequence
-            host["block_rows"][index] = row_of[sequence]
-            host["params"][index] = sequence.table
-            host["seeds"][index] = sequence.seed
-            host["steps"][index] = sequence.generated
+        first = 0
+        for span in drawn:
+            sequence, part = span.sequence, slice(first, first + span.num_blocks)
+            behind = np.arange(span.num_blocks)  # a draft's block is that many after the next one
+            host["block_rows"][part] = row_after[span] - span.num_blocks + behind
+            host["params"][part] = sequence.table
+            host["seeds"][part] = sequence.seed
+            host["steps"][part] = sequence.generated + behind
+            first = part.stop
 
     def _sections(
         self, tokens: int, spans: int, blocks: int, kept: int, pages: int

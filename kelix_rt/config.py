@@ -106,7 +106,9 @@ class EngineConfig(JsonConfig):
     compute the full head too and count how often it leaves the admissible ids. position_markers:
     coordinates in front of every row of a prompt's images, such as "{row},{cols}", between the two
     ids that follow the end-of-block id; None = what the checkpoint's preprocessor_config.json
-    names, "" = no markers. seed: base of the requests' seeds.
+    names, "" = no markers. speculate_markers: guess the next marker inside a generated image and
+    let the model check it in one step; changes no output. Off with verify_head, which counts what
+    was generated. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     """
@@ -120,6 +122,7 @@ class EngineConfig(JsonConfig):
     prefix_cache: bool = True
     verify_head: bool = False
     position_markers: str | None = None
+    speculate_markers: bool = True
     seed: int = 0
     trust_remote_code: bool = False
     max_condition_length: int = 720

@@ -38,6 +38,7 @@ from kelix_rt.request import (
     Timings,
     Usage,
 )
+from kelix_rt.speculation import marker_drafter
 from kelix_rt.weights import OnTensor
 
 Messages = Items[Mapping[str, Any]]
@@ -77,6 +78,10 @@ class Engine(EngineCore):
         parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
         engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
         engine.directory = parts.directory
+        if engine.has_text:
+            engine.scheduler.drafter = marker_drafter(
+                engine.config, engine.options, lambda: engine.text
+            )
         return engine
 
     @cached_property
@@ -100,10 +105,10 @@ class Engine(EngineCore):
     @cached_property
     def processor(self) -> ChatProcessor:
         """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
-        end, template = self.config.block_end, self.options.position_markers
+        template = self.options.position_markers
         if template is None:
             template = self.images.position_markers
-        markers = PositionMarkers(end + 1, end + 2, template) if template else None
+        markers = PositionMarkers(*self.config.marker_ids, template) if template else None
         return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
 
     def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:

@@ -6,7 +6,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kelix_rt.errors import KelixError
 from kelix_rt.request import (
@@ -19,8 +22,9 @@ from kelix_rt.request import (
     RequestDone,
     RequestFailed,
 )
-from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, StepPlan
+from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, Span, StepPlan
 from kelix_rt.sequence import Sequence
+from kelix_rt.stats import EngineStats
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,11 +43,16 @@ class Loop:
         self._requests: dict[int, Sequence] = {}
         self._mail: dict[int, deque[Event]] = {}  # of calls that wait for a request
         self._unread: deque[Event] = deque()
+        self.counts = EngineStats()
 
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or `step` has events to hand out."""
         return self.scheduler.has_work or bool(self._unread)
+
+    def stats(self) -> EngineStats:
+        """What was done since the start, as a copy."""
+        return replace(self.counts)
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""
@@ -141,10 +150,13 @@ class Loop:
 
     def _run(self, plan: StepPlan) -> None:
         if isinstance(plan, BlockPlan):
+            self.counts.block_steps += 1
             self._run_blocks(plan)
         elif isinstance(plan, RenderPlan):
+            self.counts.render_steps += 1
             self._run_render(plan)
         else:
+            self.counts.encode_steps += 1
             self._run_encode(plan)
 
     def _run_encode(self, plan: EncodePlan) -> None:
@@ -155,20 +167,17 @@ class Loop:
             self.scheduler.encoded(sequence)
 
     def _run_blocks(self, plan: BlockPlan) -> None:
-        drawn, blocks = self.runner.run_blocks(plan)
-        failed = (blocks < 0).any(axis=1)
-        for index in failed.nonzero()[0]:
-            sequence = drawn[index]
-            error = KelixError(
-                f"request {sequence.request_id}: the logits of block {sequence.generated} are "
-                "not finite; the weights or the prompt drive the model out of range"
-            )
-            self._fail(sequence, error)
+        drawn = self.runner.run_blocks(plan)
+        for span, blocks in drawn:
+            for block in blocks[:-1]:
+                self._append(span.sequence, block)
+            self._count_drafts(span, accepted=len(blocks) - 1)
+            if (blocks[-1] < 0).any():
+                self._fail(span.sequence, _not_finite(span.sequence))
         self.scheduler.advance(plan)
-        for sequence, block, row in zip(drawn, blocks, blocks.tolist(), strict=True):
-            if sequence.request_id in self._requests:
-                sequence.append(block)
-                self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, tuple(row)))
+        for span, blocks in drawn:
+            if span.sequence.request_id in self._requests:
+                self._append(span.sequence, blocks[-1])
         for sequence in plan.sequences:
             if sequence.finish_reason is None or sequence.request_id not in self._requests:
                 continue
@@ -177,6 +186,16 @@ class Loop:
                 self._start_render(sequence)
             else:
                 self._finish(sequence)
+
+    def _append(self, sequence: Sequence, block: np.ndarray) -> None:
+        sequence.append(block)
+        self.counts.blocks += 1
+        ids = tuple(block.tolist())
+        self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, ids))
+
+    def _count_drafts(self, span: Span, accepted: int) -> None:
+        self.counts.drafts_accepted += accepted
+        self.counts.drafts_rejected += span.drafts - accepted
 
     def _start_render(self, sequence: Sequence) -> None:
         try:
@@ -240,3 +259,10 @@ class Loop:
         del self._requests[sequence.request_id]
         self.scheduler.remove(sequence)
         self.runner.drop_render(sequence)
+
+
+def _not_finite(sequence: Sequence) -> KelixError:
+    return KelixError(
+        f"request {sequence.request_id}: the logits of block {sequence.generated} are not finite; "
+        "the weights or the prompt drive the model out of range"
+    )

@@ -11,8 +11,9 @@ from kelix_rt.batch import StepBuffer
 from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
-from kelix_rt.scheduler import BlockPlan, RenderPlan
+from kelix_rt.scheduler import BlockPlan, RenderPlan, Span
 from kelix_rt.sequence import Sequence
+from kelix_rt.speculation import accepted_drafts
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
 
@@ -99,20 +100,27 @@ class Runner:
         ids: np.ndarray = self.encode_stage().image_ids(*sequence.pixels).cpu().numpy()
         return ids
 
-    def run_blocks(self, plan: BlockPlan) -> tuple[list[Sequence], np.ndarray]:
-        """Computes the rows of a plan; the requests that got a block, and those int64 [R, N+1].
+    def run_blocks(self, plan: BlockPlan) -> list[tuple[Span, np.ndarray]]:
+        """Computes the rows of a plan; the spans that got blocks, and those int64 [1 + n, N+1].
 
-        The one wait for the device is the read of the new blocks.
+        n counts the drafts that were accepted, which the model's own block follows. The one wait
+        for the device is the read of the new blocks.
         """
         batch, drawn, kept = self.buffer.pack(plan)
         result = self.generate.step(batch)
         blocks = result.blocks.cpu().numpy()
+        found: dict[Span, np.ndarray] = {}
+        row = 0
+        for span in drawn:
+            found[span] = _checked(span, blocks[row : row + span.num_blocks])
+            row += span.num_blocks
         if result.hidden is not None:
             parts = result.hidden.split([count for _, count in kept])
             for (span, count), part in zip(kept, parts, strict=True):
-                span.sequence.hidden_parts.append(part)
-                span.sequence.hidden_count += count
-        return [span.sequence for span in drawn], blocks
+                rejected = span.num_blocks - len(found[span]) if span.drafts else 0
+                span.sequence.hidden_parts.append(part[: count - rejected])
+                span.sequence.hidden_count += count - rejected
+        return list(found.items())
 
     def image_blocks(self, codes: torch.Tensor) -> np.ndarray:
         """Blocks int64 [T + 1, N+1] of an image of codes [T, N], vision_end being the last."""
@@ -164,3 +172,10 @@ class Runner:
     def hidden(self, sequence: Sequence) -> torch.Tensor:
         """The hidden states kept for a request, [rows, D], on the device."""
         return torch.cat(sequence.hidden_parts)
+
+
+def _checked(span: Span, blocks: np.ndarray) -> np.ndarray:
+    """What holds of a span's blocks [1 + drafts, N+1]: up to the first that was not guessed."""
+    known = span.sequence.length
+    drafts = span.sequence.rows[known : known + span.drafts]
+    return blocks[: 1 + accepted_drafts(drafts, blocks)]

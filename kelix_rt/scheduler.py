@@ -3,7 +3,9 @@
 The three kinds of work take turns while they have something to do, so a long prompt, a running
 reply and an image in the making share the device. Inside a block step, rows that decode come
 first and prompts fill the rest of the budget in chunks. When pages run out, the request admitted
-last gives its pages back and is computed again later. No torch here.
+last gives its pages back and is computed again later. A decoding row may have guessed ones behind
+it (`kelix_rt.speculation`), where neither rows nor pages of another request are lost by it. No
+torch here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kelix_rt.errors import CapacityError
 from kelix_rt.sequence import Sequence
+from kelix_rt.speculation import DRAFT_ROWS, Drafter
 
 if TYPE_CHECKING:
     from kelix_rt._host import PagePool
@@ -23,17 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start..start+count of a sequence in a step; wants_block: its last row yields one."""
+    """Rows start..start+count of a sequence in a step.
+
+    wants_block: its last known row yields a block. drafts: how many of the rows, the last ones, are
+    guesses; each of them yields the block behind it too.
+    """
 
     sequence: Sequence
     start: int
     count: int
     wants_block: bool
+    drafts: int = 0
 
     @property
     def end(self) -> int:
         """One past the last row."""
         return self.start + self.count
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the rows yield."""
+        return 1 + self.drafts if self.wants_block else 0
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,14 @@ class Scheduler:
         max_step_tokens: int,
         prefix_cache: bool,
         max_render_batch: int = 8,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
         self.max_render_batch = max_render_batch
+        self.drafter = drafter
         self.to_encode: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
@@ -124,12 +139,16 @@ class Scheduler:
         return None
 
     def advance(self, plan: BlockPlan) -> None:
-        """Books the rows of a block step that has run; full pages become shareable."""
+        """Books the rows of a block step that has run; full pages become shareable.
+
+        Accepted drafts must be appended before. Rejected ones stay what they are, rows behind the
+        known ones: their keys and values are overwritten before anything reads them.
+        """
         for span in plan.spans:
             sequence = span.sequence
             if sequence.handle is None:  # aborted or failed meanwhile
                 continue
-            sequence.advance(span.count)
+            sequence.advance(min(span.end, sequence.length) - span.start)
             # A prompt is shared once its first block was drawn, so never one that gives NaN.
             if self.prefix_cache and sequence.pending == 0:
                 full = sequence.computed - sequence.computed % self.pool.page_size
@@ -165,8 +184,10 @@ class Scheduler:
     def _plan_blocks(self) -> BlockPlan | None:
         spans: dict[Sequence, Span] = {}
         budget = self.max_step_tokens
+        draft_rows = DRAFT_ROWS
         # Decoding rows first. Admission needs budget to spare, so there is one left for each.
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
+        order = sorted(self.running, key=lambda s: s.pending > 1)
+        for index, sequence in enumerate(order):
             if budget == 0:
                 break
             if sequence.handle is None:  # preempted by one before it
@@ -180,8 +201,11 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.handle is not None:
-                spans[sequence] = self._span(sequence, count)
-                budget -= count
+                others = len(order) - index - 1
+                drafts = self._draft(sequence, min(draft_rows, budget - count - others))
+                draft_rows -= drafts
+                spans[sequence] = self._span(sequence, count, drafts)
+                budget -= count + drafts
         budget = self._admit_waiting(spans, budget)
         return BlockPlan(tuple(spans.values())) if spans else None
 
@@ -230,9 +254,25 @@ class Scheduler:
             return sequence.length
         return min(sequence.length, sequence.hidden_from + sequence.hidden_count + 1)
 
-    def _span(self, sequence: Sequence, count: int) -> Span:
-        end = sequence.computed + count
-        return Span(sequence, sequence.computed, count, sequence.wants_block(end))
+    def _draft(self, sequence: Sequence, room: int) -> int:
+        """Writes guessed rows, `room` at most, behind the known ones; their number."""
+        if self.drafter is None or room < 1 or sequence.pending != 1 or sequence.image_closed:
+            return 0
+        drafts = self.drafter.propose(sequence)
+        if drafts is None:
+            return 0
+        drafts = drafts[: min(room, sequence.room_for_drafts(drafts))]
+        end = sequence.length + len(drafts)
+        # As at admission: a page is left for every running request, so a guess preempts nobody.
+        pages = self._pages(end) - self._pages(sequence.length) + len(self.running)
+        if not len(drafts) or pages > self.pool.num_available or not self._grow(sequence, end):
+            return 0
+        sequence.rows[sequence.length : end] = drafts
+        return len(drafts)
+
+    def _span(self, sequence: Sequence, count: int, drafts: int = 0) -> Span:
+        wants_block = sequence.wants_block(sequence.computed + count)
+        return Span(sequence, sequence.computed, count + drafts, wants_block, drafts)
 
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         return sequence.handle is not None and self.pool.grow(sequence.handle, rows)

@@ -103,6 +103,16 @@ class Sequence:
         """Whether a block follows once the rows before `end` are computed."""
         return end == self.length and not self.image_closed
 
+    def room_for_drafts(self, drafts: np.ndarray) -> int:
+        """How many guessed blocks [n, N+1] can follow so that none of them ends the request.
+
+        The block drawn behind the last of them may: it is the one that counts up to max_blocks.
+        """
+        ending = [first == self.ends.image_end or first in self.ends.stop_ids
+                  for first in drafts[:, 0].tolist()]  # fmt: skip
+        harmless = ending.index(True) if True in ending else len(ending)
+        return max(0, min(harmless, self.ends.max_blocks - self.generated - 1))
+
     def new_hidden(self, start: int, end: int) -> range:
         """Rows of start..end whose hidden states are wanted and not kept yet."""
         if self.hidden_from is None:

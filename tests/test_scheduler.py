@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kelix_rt._host import PagePool
 from kelix_rt.errors import CapacityError
 from kelix_rt.request import RenderParams, SamplingParams
-from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler
+from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, Span
 from kelix_rt.sequence import EndRules, Sequence
 
 WIDTH = 3
@@ -42,13 +42,46 @@ def next_block(sequence: Sequence) -> np.ndarray:
     return np.array([1000 + 10 * sequence.request_id + sequence.generated, 0, 0])
 
 
+def accept_drafts(span: Span) -> int:
+    """Appends the drafts that are what the pretended model says; how many there were."""
+    sequence = span.sequence
+    drafts = sequence.rows[sequence.length : sequence.length + span.drafts].copy()
+    for index, draft in enumerate(drafts):
+        if not np.array_equal(draft, next_block(sequence)):
+            return index
+        sequence.append(draft)
+        assert sequence.finish_reason is None
+        assert not sequence.image_closed
+    return len(drafts)
+
+
+class Guesses:
+    """Drafts of the pretended model's blocks, the `wrong`-th of which is spoilt."""
+
+    def __init__(self, count: int, wrong: int) -> None:
+        self.count = count
+        self.wrong = wrong
+
+    def propose(self, sequence: Sequence) -> np.ndarray:
+        known = sequence.generated
+        first = [1000 + 10 * sequence.request_id + known + i for i in range(self.count)]
+        if sequence.draws and 0 <= 2 - known < self.count:
+            first[2 - known] = IMAGE_END
+        drafts = np.zeros((self.count, WIDTH), dtype=np.int64)
+        drafts[:, 0] = first
+        drafts[self.wrong :, 0] += 5000
+        return drafts
+
+
 def run_blocks(scheduler: Scheduler, plan: BlockPlan) -> None:
     assert 0 < sum(span.count for span in plan.spans) <= scheduler.max_step_tokens
     assert len({span.sequence for span in plan.spans}) == len(plan.spans)
     for span in plan.spans:
         assert span.start == span.sequence.computed
         assert scheduler.pool.num_rows(span.sequence.handle) >= span.end
-        span.sequence.hidden_count += len(span.sequence.new_hidden(span.start, span.end))
+        accepted = accept_drafts(span) if span.drafts else 0
+        end = span.end - span.drafts + accepted
+        span.sequence.hidden_count += len(span.sequence.new_hidden(span.start, end))
     scheduler.advance(plan)
     for span in plan.spans:
         sequence = span.sequence
@@ -208,6 +241,35 @@ def test_a_request_that_never_fits_is_refused() -> None:
     run_all(scheduler)
 
 
+def test_guessed_rows_come_after_those_of_every_running_request() -> None:
+    scheduler = make_scheduler(max_step_tokens=6, drafter=Guesses(5, 5))
+    for number in (1, 2, 3):
+        scheduler.add(make_sequence(number, prompt=1, max_blocks=9, base=100 * number))
+    run_blocks(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(4, prompt=9, base=900))
+    plan = scheduler.schedule()
+    assert [(s.sequence.request_id, s.count, s.drafts) for s in plan.spans] == [
+        (1, 4, 3),
+        (2, 1, 0),
+        (3, 1, 0),
+    ]
+    run_all(scheduler)
+
+
+def test_a_guess_takes_no_page_that_a_running_request_needs() -> None:
+    """The first request ends before it needs a second page; its guesses must not take the last."""
+    scheduler = make_scheduler(num_pages=3, prefix_cache=False, drafter=Guesses(3, 0))
+    first = make_sequence(1, prompt=2, max_blocks=6)
+    first.ends = EndRules(frozenset({1011}), 6)
+    second = make_sequence(2, prompt=4, max_blocks=4, base=500)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    plans = run_all(scheduler)
+    assert first.generated == 2
+    assert second.preemptions == 0
+    assert any(span.drafts for plan in plans for span in plan.spans), "room later on"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(
@@ -219,14 +281,17 @@ def test_a_request_that_never_fits_is_refused() -> None:
     budget=st.integers(1, 17),
     batch=st.integers(1, 6),
     cache=st.booleans(),
+    guesses=st.none() | st.tuples(st.integers(1, 6), st.integers(0, 6)),
     aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 11)), max_size=4),
 )
 def test_any_mixture_finishes_with_the_same_blocks(
-    requests: list, pages: int, budget: int, batch: int, cache: bool, aborts: list
-) -> None:
+    requests: list, pages: int, budget: int, batch: int, cache: bool, guesses: tuple | None,
+    aborts: list,
+) -> None:  # fmt: skip
     scheduler = make_scheduler(
-        num_pages=pages, max_step_tokens=budget, max_batch=batch, prefix_cache=cache
-    )
+        num_pages=pages, max_step_tokens=budget, max_batch=batch, prefix_cache=cache,
+        drafter=guesses and Guesses(*guesses),
+    )  # fmt: skip
     sequences = [
         make_sequence(number, prompt, max_blocks, draw=draw, base=100 * group)
         for number, (prompt, max_blocks, draw, group) in enumerate(requests)

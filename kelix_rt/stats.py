@@ -1,0 +1,21 @@
+"""What an engine has done since it was made, as counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Counts of steps and blocks; `Engine.stats()` gives a copy.
+
+    encode_steps, block_steps, render_steps: steps of each kind. blocks: those generated.
+    drafts_accepted, drafts_rejected: blocks that were guessed ahead; an accepted one saved a step.
+    """
+
+    encode_steps: int = 0
+    block_steps: int = 0
+    render_steps: int = 0
+    blocks: int = 0
+    drafts_accepted: int = 0
+    drafts_rejected: int = 0
