@@ -163,7 +163,8 @@ class Engine(EngineCore):
         stage = self.runner.encode_stage()
         pixels, grid = self.images.preprocess(image, size=size)
         frames, rows, columns = grid[0].tolist()
-        codes = stage.codes(pixels, grid).clone()  # outside inference mode: free to be changed
+        # Copied outside inference mode: free to be changed.
+        codes = stage.cached_codes(pixels, grid)[0].clone().to(self.runner.device)
         return ImageCodes(codes, (frames, rows, columns))
 
     def reconstruct(

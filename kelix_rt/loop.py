@@ -52,7 +52,11 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """What was done since the start, as a copy."""
-        return replace(self.counts)
+        encode = self.runner.encode
+        if encode is None:
+            return replace(self.counts)
+        cache = encode.cache
+        return replace(self.counts, image_hits=cache.hits, image_misses=cache.misses)
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""
@@ -161,10 +165,9 @@ class Loop:
 
     def _run_encode(self, plan: EncodePlan) -> None:
         for sequence in plan.sequences:
-            ids = self.runner.run_encode(sequence)
-            prompt = sequence.rows[: sequence.prompt_length]
-            prompt[sequence.placed, : self.config.num_codes] = ids
-            self.scheduler.encoded(sequence)
+            for ids in self.runner.run_encode(sequence):
+                sequence.place_image(ids)
+                self.scheduler.encoded(sequence)
 
     def _run_blocks(self, plan: BlockPlan) -> None:
         drawn = self.runner.run_blocks(plan)

@@ -57,7 +57,9 @@ class Runner:
         self.encode = (
             None
             if tokenizer is None
-            else EncodeStage(tokenizer, qwen.vocab_size, options.codes_mode)
+            else EncodeStage(
+                tokenizer, qwen.vocab_size, options.codes_mode, options.image_cache_bytes
+            )
         )
         self.max_condition_length = options.max_condition_length
 
@@ -94,11 +96,19 @@ class Runner:
             )
         return self.render
 
-    def run_encode(self, sequence: Sequence) -> np.ndarray:
-        """Ids int64 [n, N] of the images of a request."""
-        assert sequence.pixels is not None
-        ids: np.ndarray = self.encode_stage().image_ids(*sequence.pixels).cpu().numpy()
-        return ids
+    def run_encode(self, sequence: Sequence) -> list[np.ndarray]:
+        """Ids int64 [n, N] of the next images of a request.
+
+        The vision tokenizer runs for one of them at most; those whose codes are known come along.
+        """
+        stage = self.encode_stage()
+        found: list[np.ndarray] = []
+        for pixels, grid in sequence.images:
+            codes, encoded = stage.cached_codes(pixels, grid)
+            found.append(stage.ids(codes).cpu().numpy())
+            if encoded:
+                break
+        return found
 
     def run_blocks(self, plan: BlockPlan) -> list[tuple[Span, np.ndarray]]:
         """Computes the rows of a plan; the spans that got blocks, and those int64 [1 + n, N+1].
@@ -125,7 +135,7 @@ class Runner:
     def image_blocks(self, codes: torch.Tensor) -> np.ndarray:
         """Blocks int64 [T + 1, N+1] of an image of codes [T, N], vision_end being the last."""
         config = self.model.config
-        ids = self.encode_stage().tokenizer.global_ids(codes, config.qwen_config.vocab_size)
+        ids = self.encode_stage().ids(codes)
         blocks = np.full((len(ids) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
         blocks[:-1, :-1] = ids.cpu().numpy()
         blocks[-1, 0] = self.vision_end

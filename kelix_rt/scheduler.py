@@ -51,7 +51,7 @@ class Span:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """Turn the images of these requests into codes."""
+    """Turn the next image of each of these requests into codes."""
 
     sequences: tuple[Sequence, ...]
 
@@ -126,7 +126,7 @@ class Scheduler:
                 f"there are {self.pool.num_pages}; lower max_blocks or raise num_pages"
             )
         self.waiting.append(sequence)
-        if sequence.pixels is not None:
+        if sequence.images:
             self.to_encode.append(sequence)
 
     def schedule(self) -> StepPlan | None:
@@ -161,9 +161,10 @@ class Scheduler:
         self.rendering.append(sequence)
 
     def encoded(self, sequence: Sequence) -> None:
-        """Books that the images of a sequence are codes now."""
-        sequence.pixels = None
-        self.to_encode.remove(sequence)
+        """Books that the next image of a sequence is codes now."""
+        sequence.images.popleft()
+        if not sequence.images:
+            self.to_encode.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out of every queue and gives its pages back; at any time."""
@@ -212,7 +213,7 @@ class Scheduler:
     def _admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
         while self.waiting and budget and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            if sequence.pixels is not None or not self._admit(sequence):
+            if sequence.images or not self._admit(sequence):
                 break
             count = min(sequence.pending, budget)
             if not self._grow(sequence, sequence.computed + count):

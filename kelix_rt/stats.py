@@ -11,6 +11,7 @@ class EngineStats:
 
     encode_steps, block_steps, render_steps: steps of each kind. blocks: those generated.
     drafts_accepted, drafts_rejected: blocks that were guessed ahead; an accepted one saved a step.
+    image_hits, image_misses: images whose codes were known, and those that had to be encoded.
     """
 
     encode_steps: int = 0
@@ -19,3 +20,5 @@ class EngineStats:
     blocks: int = 0
     drafts_accepted: int = 0
     drafts_rejected: int = 0
+    image_hits: int = 0
+    image_misses: int = 0

@@ -225,11 +225,11 @@ def test_kinds_of_work_take_turns() -> None:
 def test_images_are_encoded_before_admission() -> None:
     scheduler = make_scheduler()
     sequence = make_sequence(1)
-    sequence.pixels = ("patches", "grid")
+    sequence.images.extend([("patches", "grid")] * 3)
     scheduler.add(sequence)
     plans = run_all(scheduler)
-    assert isinstance(plans[0], EncodePlan)
-    assert all(isinstance(plan, BlockPlan) for plan in plans[1:])
+    assert all(isinstance(plan, EncodePlan) for plan in plans[:3])
+    assert all(isinstance(plan, BlockPlan) for plan in plans[3:])
 
 
 def test_a_request_that_never_fits_is_refused() -> None:
