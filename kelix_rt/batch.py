@@ -11,13 +11,12 @@ from torch import Tensor
 
 from kelix_rt.models.backbone import StepContext
 from kelix_rt.scheduler import BlockPlan, Span
-from kelix_rt.speculation import DRAFT_ROWS
 from kelix_rt.stages.generate import BlockBatch
+from kelix_rt.step_layout import aligned_bytes, buffer_bytes, sections
 
 if TYPE_CHECKING:
     from kelix_rt._host import PagePool
 
-ALIGNMENT = 16
 MAX_LAYOUTS = 256
 _DTYPES: dict[type, torch.dtype] = {
     np.int64: torch.int64,
@@ -54,9 +53,7 @@ class StepBuffer:
         self.pool = pool
         self.width = pool.row_width
         pages = -(-max_positions // pool.page_size)
-        blocks = max_batch + DRAFT_ROWS
-        sizes = self._sections(max_tokens, max_batch, blocks, max_tokens, pages)
-        capacity = sum(_aligned(dtype, shape) for dtype, shape in sizes.values())
+        capacity = buffer_bytes(self.width, max_tokens, max_batch, pages)
         pinned = device.type == "cuda"
         self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
         self._device = self._host if not pinned else torch.zeros_like(self._host, device=device)
@@ -137,23 +134,6 @@ class StepBuffer:
             host["steps"][part] = sequence.generated + behind
             first = part.stop
 
-    def _sections(
-        self, tokens: int, spans: int, blocks: int, kept: int, pages: int
-    ) -> dict[str, tuple[type, tuple[int, ...]]]:
-        return {
-            "ids": (np.int64, (tokens, self.width)),
-            "slots": (np.int64, (tokens,)),
-            "block_rows": (np.int64, (blocks,)),
-            "seeds": (np.int64, (blocks,)),
-            "steps": (np.int64, (blocks,)),
-            "keep_rows": (np.int64, (kept,)),
-            "positions": (np.int32, (tokens,)),
-            "context_lens": (np.int32, (spans,)),
-            "query_start": (np.int32, (spans + 1,)),
-            "page_table": (np.int32, (spans, pages)),
-            "params": (np.float32, (blocks, self.width, 4)),
-        }
-
     def _layout(self, *key: int) -> _Layout:
         found = self._layouts.get(key)
         if found is not None:
@@ -163,12 +143,12 @@ class StepBuffer:
         host: dict[str, np.ndarray] = {}
         device: dict[str, Tensor] = {}
         offset = 0
-        for name, (dtype, shape) in self._sections(*key[:5]).items():
+        for name, (dtype, shape) in sections(self.width, *key[:5]).items():
             used = int(np.prod(shape)) * np.dtype(dtype).itemsize
             part = slice(offset, offset + used)
             host[name] = self._host.numpy()[part].view(dtype).reshape(shape)
             device[name] = self._device[part].view(_DTYPES[dtype]).view(shape)
-            offset += _aligned(dtype, shape)
+            offset += aligned_bytes(dtype, shape)
         context = StepContext(
             positions=device["positions"],
             slots=device["slots"],
@@ -189,8 +169,3 @@ class StepBuffer:
         layout = _Layout(offset, host, batch)
         self._layouts[key] = layout
         return layout
-
-
-def _aligned(dtype: type, shape: tuple[int, ...]) -> int:
-    used = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return -(-used // ALIGNMENT) * ALIGNMENT

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kelix_rt._host import PagePool
 
 
+MAX_RENDER_BATCH = 8
+
+
 @dataclass(frozen=True)
 class Span:
     """Rows start..start+count of a sequence in a step.
@@ -88,7 +91,7 @@ class Scheduler:
         max_batch: int,
         max_step_tokens: int,
         prefix_cache: bool,
-        max_render_batch: int = 8,
+        max_render_batch: int = MAX_RENDER_BATCH,
         drafter: Drafter | None = None,
     ) -> None:
         self.pool = pool
