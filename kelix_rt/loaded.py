@@ -1,15 +1,18 @@
-"""An engine that knows what it was made of: plan, load, tokenizer."""
+"""An engine that knows what it was made of: plan, load, sleep and wake, tokenizer."""
 
 from __future__ import annotations
 
+import gc
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from kelix_rt.config import EngineConfig, KelixConfig
 from kelix_rt.core import EngineCore
+from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.ledger import MemoryPlan
 from kelix_rt.loading import choose_device, choose_dtype, load_parts
 from kelix_rt.memory import available_bytes
@@ -23,10 +26,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What an engine was loaded with, to do it again."""
+
+    dit: str | Path | None
+    vae: str | Path | None
+    device: torch.device
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+
 class LoadedEngine(EngineCore):
     """The core of an engine whose parts come from checkpoint directories."""
 
     directory: Path
+    _source: _Source
 
     @classmethod
     def from_pretrained(
@@ -52,11 +67,78 @@ class LoadedEngine(EngineCore):
         parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
         engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
         engine.directory = parts.directory
-        if engine.has_text:
-            engine.scheduler.drafter = marker_drafter(
-                engine.config, engine.options, lambda: engine.text
-            )
+        engine._source = _Source(dit, vae, parts.runner.device, parts.runner.dtype, options)
+        engine._set_drafter()
         return engine
+
+    def sleep(self, weights: Literal["auto", "host", "disk"] = "auto") -> None:
+        """Gives the memory of weights and KV cache back until `wake`; does nothing when asleep.
+
+        weights: "host" keeps a copy in main memory, "disk" reads the checkpoint again; "auto" is
+        host on a GPU and disk on a CPU, where a copy would free nothing. Cached prefixes are lost,
+        codes of images are not. Calls that need a model raise AsleepError meanwhile. Raises
+        KelixError while requests are unfinished, ConfigError for "host" on a CPU.
+        """
+        if self.is_asleep:
+            return
+        if self.has_work:
+            count = len(self._requests)
+            raise KelixError(
+                f"sleep: {count} requests are unfinished or have events nobody read; run step() "
+                "until has_work is False, or abort them"
+            )
+        runner = self.runner
+        on_gpu = runner.device.type != "cpu"
+        if weights == "host" and not on_gpu:
+            raise ConfigError(
+                "sleep: weights='host' frees nothing on a CPU, where they are already; use 'disk'"
+            )
+        if weights == "host" or (weights == "auto" and on_gpu):
+            self._offloaded = runner.offload()
+            self.scheduler.pool.reset_cache()
+        else:
+            self._runner = None
+        del runner
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Takes the memory again after `sleep`; does nothing when awake.
+
+        Requests give the blocks they would have given without. Raises CapacityError or torch's
+        OutOfMemoryError where the memory is gone, WeightError where the checkpoint is; the engine
+        then sleeps on.
+        """
+        if self._offloaded is not None:
+            self._offloaded.restore()
+            self._offloaded = None
+        elif self._runner is None:
+            self._load_again()
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether `sleep` was called and `wake` was not."""
+        return self._runner is None or self._offloaded is not None
+
+    def _load_again(self) -> None:
+        source, pages = self._source, self.scheduler.pool.num_pages
+        parts = load_parts(
+            self.directory,
+            source.dit,
+            source.vae,
+            source.device,
+            source.dtype,
+            {**source.options, "num_pages": pages},
+        )
+        if parts.runner.encode is not None and self.image_cache is not None:
+            parts.runner.encode.cache = self.image_cache
+        self._runner, self.scheduler = parts.runner, parts.scheduler
+        self._set_drafter()
+
+    def _set_drafter(self) -> None:
+        if self.has_text:
+            self.scheduler.drafter = marker_drafter(self.config, self.options, lambda: self.text)
 
     @staticmethod
     def plan(

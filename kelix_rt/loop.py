@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kelix_rt.errors import KelixError
+from kelix_rt.errors import AsleepError, KelixError
 from kelix_rt.request import (
     BlockEvent,
     Event,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from kelix_rt.config import KelixConfig
+    from kelix_rt.offload import Offloaded
     from kelix_rt.runner import Runner
 
 
@@ -37,7 +38,9 @@ class Loop:
     """Continuous batching over one runner. Not thread-safe: one thread calls all methods."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self.runner = runner
+        self._runner: Runner | None = runner  # None while the weights are left to the disk
+        self._offloaded: Offloaded | None = None  # set while they are kept in main memory
+        self.image_cache = None if runner.encode is None else runner.encode.cache
         self.scheduler = scheduler
         self.config: KelixConfig = runner.model.config
         self._requests: dict[int, Sequence] = {}
@@ -46,16 +49,22 @@ class Loop:
         self.counts = EngineStats()
 
     @property
+    def runner(self) -> Runner:
+        """The models and their memory. AsleepError while the engine sleeps."""
+        if self._runner is None or self._offloaded is not None:
+            raise AsleepError("the engine sleeps and takes no requests; call wake() first")
+        return self._runner
+
+    @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or `step` has events to hand out."""
         return self.scheduler.has_work or bool(self._unread)
 
     def stats(self) -> EngineStats:
         """What was done since the start, as a copy."""
-        encode = self.runner.encode
-        if encode is None:
+        cache = self.image_cache
+        if cache is None:
             return replace(self.counts)
-        cache = encode.cache
         return replace(self.counts, image_hits=cache.hits, image_misses=cache.misses)
 
     def submit(self, sequence: Sequence) -> int:

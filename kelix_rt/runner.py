@@ -11,6 +11,7 @@ from kelix_rt.batch import StepBuffer
 from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
+from kelix_rt.offload import Offloaded
 from kelix_rt.scheduler import BlockPlan, RenderPlan, Span
 from kelix_rt.sequence import Sequence
 from kelix_rt.speculation import accepted_drafts
@@ -78,6 +79,18 @@ class Runner:
         if value is None:
             raise ConfigError(f"qwen_config.{name} is null: this model cannot draw")
         return value
+
+    def offload(self) -> Offloaded:
+        """Gives back what weights and cache take on the device, until `Offloaded.restore`.
+
+        Weights are copied to main memory; the content of the KV cache is lost.
+        """
+        modules: list[torch.nn.Module] = [self.model]
+        if self.render is not None:
+            self.render.denoiser.forget()
+            modules += [self.render.dit, self.render.vae]
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        return Offloaded(tensors, (self.kv.k, self.kv.v))
 
     def encode_stage(self) -> EncodeStage:
         """The encode stage. ConfigError when the checkpoint has no vision tokenizer."""

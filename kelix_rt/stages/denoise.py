@@ -160,6 +160,11 @@ class Denoiser:
         """Forgets the batches that hold `state`, so that its memory can go."""
         self._batches = {k: b for k, b in self._batches.items() if state not in b.states}
 
+    def forget(self) -> None:
+        """Lets go of everything that is kept between drawings."""
+        self._plans.clear()
+        self._batches.clear()
+
     def _join(self, key: tuple[object, ...], states: tuple[RenderState, ...]) -> _Batch:
         known = self._batches.get(key)
         if known is not None and known.states == states:
