@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.models.backbone import StepContext
-from kelix_rt.scheduler import BlockPlan, Span
+from kelix_rt.plans import BlockPlan, Span
 from kelix_rt.stages.generate import BlockBatch
 from kelix_rt.step_layout import aligned_bytes, buffer_bytes, sections
 

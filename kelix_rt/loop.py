@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kelix_rt.errors import AsleepError, KelixError
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
 from kelix_rt.request import (
     BlockEvent,
     Event,
@@ -22,7 +23,7 @@ from kelix_rt.request import (
     RequestDone,
     RequestFailed,
 )
-from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, Span, StepPlan
+from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import Sequence
 from kelix_rt.stats import EngineStats
 
@@ -168,6 +169,8 @@ class Loop:
         elif isinstance(plan, RenderPlan):
             self.counts.render_steps += 1
             self._run_render(plan)
+        elif isinstance(plan, PicturePlan):
+            self._run_picture(plan)
         else:
             self.counts.encode_steps += 1
             self._run_encode(plan)
@@ -220,14 +223,14 @@ class Loop:
     def _run_render(self, plan: RenderPlan) -> None:
         for sequence, (step, steps) in self.runner.run_render(plan):
             self._emit(ImageProgress(sequence.request_id, step, steps))
-            if step < steps:
-                continue
-            try:
-                image = self.runner.finish_render(sequence)
-            except Exception as error:
-                self._fail(sequence, error)
-            else:
-                self._finish(sequence, image)
+            if step == steps:
+                self.scheduler.finish_render(sequence)
+
+    def _run_picture(self, plan: PicturePlan) -> None:
+        for sequence in plan.sequences:
+            image = self.runner.finish_render(sequence)
+            self.counts.pictures += 1
+            self._finish(sequence, image)
 
     def _finish(self, sequence: Sequence, image: Image | None = None) -> Output:
         """Takes a request out, and emits its last events."""

@@ -12,7 +12,7 @@ from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
-from kelix_rt.scheduler import BlockPlan, RenderPlan, Span
+from kelix_rt.plans import BlockPlan, RenderPlan, Span
 from kelix_rt.sequence import Sequence
 from kelix_rt.speculation import accepted_drafts
 from kelix_rt.stages.encode import EncodeStage

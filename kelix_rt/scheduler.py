@@ -4,7 +4,14 @@ The three kinds of work take turns while they have something to do, so a long pr
 reply and an image in the making share the device. Inside a block step, rows that decode come
 first and prompts fill the rest of the budget in chunks. When pages run out, the request admitted
 last gives its pages back and is computed again later. A decoding row may have guessed ones behind
-it (`kelix_rt.speculation`), where neither rows nor pages of another request are lost by it. No
+it (`kelix_rt.speculation`), where neither rows nor pages of another request are lost by it.
+
+The bound on the time between two blocks of a request, in steps: every block step gives a block to
+every request that decodes, and of three steps in a row at least one is a block step. In between run
+at most one pass of the vision tokenizer over one image, and either one denoise step of at most
+max_render_batch drawings or the decoding of one picture. A block step computes at most
+max_step_tokens rows, whatever prompts wait. Only a request that lost its pages waits longer, and
+the one admitted first loses none. In the same way of three steps one encodes and one draws. No
 torch here.
 """
 
@@ -13,10 +20,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from kelix_rt.errors import CapacityError
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
 from kelix_rt.sequence import Sequence
 from kelix_rt.speculation import DRAFT_ROWS, Drafter
 
@@ -27,62 +34,8 @@ if TYPE_CHECKING:
 MAX_RENDER_BATCH = 8
 
 
-@dataclass(frozen=True)
-class Span:
-    """Rows start..start+count of a sequence in a step.
-
-    wants_block: its last known row yields a block. drafts: how many of the rows, the last ones, are
-    guesses; each of them yields the block behind it too.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    wants_block: bool
-    drafts: int = 0
-
-    @property
-    def end(self) -> int:
-        """One past the last row."""
-        return self.start + self.count
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks the rows yield."""
-        return 1 + self.drafts if self.wants_block else 0
-
-
-@dataclass(frozen=True)
-class EncodePlan:
-    """Turn the next image of each of these requests into codes."""
-
-    sequences: tuple[Sequence, ...]
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Run the language model over these rows."""
-
-    spans: tuple[Span, ...]
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """The sequences of the spans, in order."""
-        return tuple(span.sequence for span in self.spans)
-
-
-@dataclass(frozen=True)
-class RenderPlan:
-    """Take one denoise step for each of these requests."""
-
-    sequences: tuple[Sequence, ...]
-
-
-StepPlan: TypeAlias = EncodePlan | BlockPlan | RenderPlan
-
-
 class Scheduler:
-    """Holds every unfinished request in one of four queues and the pages in the pool."""
+    """Holds every unfinished request in its queue and the pages in the pool."""
 
     def __init__(
         self,
@@ -104,6 +57,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.rendering: deque[Sequence] = deque()
+        self.denoised: deque[Sequence] = deque()
         self._planners: deque[Callable[[], StepPlan | None]] = deque(
             (self._plan_encode, self._plan_blocks, self._plan_render)
         )
@@ -112,7 +66,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.running or self.rendering)
+        return bool(self.waiting or self.running or self.rendering or self.denoised)
 
     @property
     def capacity(self) -> int:
@@ -163,6 +117,11 @@ class Scheduler:
         self.remove(sequence)
         self.rendering.append(sequence)
 
+    def finish_render(self, sequence: Sequence) -> None:
+        """Books that the denoise steps of a drawing are all taken."""
+        self.rendering.remove(sequence)
+        self.denoised.append(sequence)
+
     def encoded(self, sequence: Sequence) -> None:
         """Books that the next image of a sequence is codes now."""
         sequence.images.popleft()
@@ -171,7 +130,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out of every queue and gives its pages back; at any time."""
-        for queue in (self.to_encode, self.waiting, self.running, self.rendering):
+        queues = (self.to_encode, self.waiting, self.running, self.rendering, self.denoised)
+        for queue in queues:
             if sequence in queue:
                 queue.remove(sequence)
         self._release(sequence)
@@ -179,7 +139,9 @@ class Scheduler:
     def _plan_encode(self) -> EncodePlan | None:
         return EncodePlan((self.to_encode[0],)) if self.to_encode else None
 
-    def _plan_render(self) -> RenderPlan | None:
+    def _plan_render(self) -> RenderPlan | PicturePlan | None:
+        if self.denoised:  # one by one: a picture takes as long as several denoise steps
+            return PicturePlan((self.denoised[0],))
         if not self.rendering:
             return None
         # Always the oldest ones: a batch that stays together is set up only once.
