@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kelix_rt.config import EngineConfig
     from kelix_rt.engine import Engine
     from kelix_rt.errors import (
+        AsleepError,
         CapacityError,
         ConfigError,
         InputError,
@@ -43,7 +44,8 @@ _MODULES = {
     "kelix_rt.config": ("EngineConfig",),
     "kelix_rt.engine": ("Engine",),
     "kelix_rt.errors": (
-        "CapacityError", "ConfigError", "InputError", "KelixError", "NativeError", "WeightError",
+        "AsleepError", "CapacityError", "ConfigError", "InputError", "KelixError", "NativeError",
+        "WeightError",
     ),
     "kelix_rt.request": (
         "BlockEvent", "BlockOutput", "ChatOutput", "ImageCodes", "ImageDone", "ImageOutput",
@@ -54,9 +56,9 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "BlockEvent", "BlockOutput", "CapacityError", "ChatOutput", "ConfigError", "Engine",
-    "EngineConfig", "ImageCodes", "ImageDone", "ImageOutput", "ImageProgress", "InputError",
-    "KelixError", "NativeError", "Output", "Prompt", "RenderParams", "RequestDone",
+    "AsleepError", "BlockEvent", "BlockOutput", "CapacityError", "ChatOutput", "ConfigError",
+    "Engine", "EngineConfig", "ImageCodes", "ImageDone", "ImageOutput", "ImageProgress",
+    "InputError", "KelixError", "NativeError", "Output", "Prompt", "RenderParams", "RequestDone",
     "RequestFailed", "SamplingParams", "SlotSampling", "TextDelta", "WeightError", "__version__",
 ]  # fmt: skip
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from kelix_rt.models.backbone import StepContext
-from kelix_rt.scheduler import BlockPlan, Span
-from kelix_rt.sequence import Sequence
+from kelix_rt.plans import BlockPlan, Span
 from kelix_rt.stages.generate import BlockBatch
+from kelix_rt.step_layout import aligned_bytes, buffer_bytes, sections
 
 if TYPE_CHECKING:
     from kelix_rt._host import PagePool
 
-ALIGNMENT = 16
 MAX_LAYOUTS = 256
 _DTYPES: dict[type, torch.dtype] = {
     np.int64: torch.int64,
@@ -54,8 +53,7 @@ class StepBuffer:
         self.pool = pool
         self.width = pool.row_width
         pages = -(-max_positions // pool.page_size)
-        sizes = self._sections(max_tokens, max_batch, max_batch, max_tokens, pages)
-        capacity = sum(_aligned(dtype, shape) for dtype, shape in sizes.values())
+        capacity = buffer_bytes(self.width, max_tokens, max_batch, pages)
         pinned = device.type == "cuda"
         self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
         self._device = self._host if not pinned else torch.zeros_like(self._host, device=device)
@@ -70,19 +68,21 @@ class StepBuffer:
     def pack(self, plan: BlockPlan) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
         """The batch of a plan, the spans in the order of its block rows, and what is kept.
 
-        The last value pairs spans with their number of kept hidden rows, in order.
+        A span has `num_blocks` block rows, one after another. The last value pairs spans with
+        their number of kept hidden rows, in order.
         """
         if self._copied is not None:
             self._copied.synchronize()  # the previous copy must have left the host buffer
         spans = plan.spans
         drawn = [s for s in spans if s.wants_block and s.sequence.sampling.rule == "ancestral"]
-        ancestral = len(drawn)
+        ancestral = sum(span.num_blocks for span in drawn)
         drawn += [s for s in spans if s.wants_block and s.sequence.sampling.rule == "reference"]
         keeps = [span.sequence.new_hidden(span.start, span.end) for span in spans]
         total = sum(span.count for span in spans)
         kept = sum(len(keep) for keep in keeps)
         width = -(-max(span.end for span in spans) // self.pool.page_size)
-        layout = self._layout(total, len(spans), len(drawn), kept, width, ancestral)
+        blocks = sum(span.num_blocks for span in drawn)
+        layout = self._layout(total, len(spans), blocks, kept, width, ancestral)
         self._fill(layout.host, spans, drawn, keeps)
         if self._copied is not None:
             used = slice(0, layout.used)
@@ -100,7 +100,7 @@ class StepBuffer:
     ) -> None:
         ids, positions, query_start = host["ids"], host["positions"], host["query_start"]
         context_lens, keep_rows = host["context_lens"], host["keep_rows"]
-        row_of: dict[Sequence, int] = {}
+        row_after: dict[Span, int] = {}
         row = kept = 0
         for index, (span, keep) in enumerate(zip(spans, keeps, strict=True)):
             end, stop = row + span.count, span.end
@@ -113,7 +113,7 @@ class StepBuffer:
                 keep_rows[kept : kept + len(keep)] = np.arange(first, first + len(keep))
                 kept += len(keep)
             row = end
-            row_of[span.sequence] = row - 1
+            row_after[span] = row
         query_start[len(spans)] = row
 
         table, page = host["page_table"], self.pool.page_size
@@ -124,29 +124,15 @@ class StepBuffer:
         host["slots"][:] = table[owners, positions // page].astype(np.int64) * page
         host["slots"] += positions % page
 
-        for index, span in enumerate(drawn):
-            sequence = span.sequence
-            host["block_rows"][index] = row_of[sequence]
-            host["params"][index] = sequence.table
-            host["seeds"][index] = sequence.seed
-            host["steps"][index] = sequence.generated
-
-    def _sections(
-        self, tokens: int, spans: int, blocks: int, kept: int, pages: int
-    ) -> dict[str, tuple[type, tuple[int, ...]]]:
-        return {
-            "ids": (np.int64, (tokens, self.width)),
-            "slots": (np.int64, (tokens,)),
-            "block_rows": (np.int64, (blocks,)),
-            "seeds": (np.int64, (blocks,)),
-            "steps": (np.int64, (blocks,)),
-            "keep_rows": (np.int64, (kept,)),
-            "positions": (np.int32, (tokens,)),
-            "context_lens": (np.int32, (spans,)),
-            "query_start": (np.int32, (spans + 1,)),
-            "page_table": (np.int32, (spans, pages)),
-            "params": (np.float32, (blocks, self.width, 4)),
-        }
+        first = 0
+        for span in drawn:
+            sequence, part = span.sequence, slice(first, first + span.num_blocks)
+            behind = np.arange(span.num_blocks)  # a draft's block is that many after the next one
+            host["block_rows"][part] = row_after[span] - span.num_blocks + behind
+            host["params"][part] = sequence.table
+            host["seeds"][part] = sequence.seed
+            host["steps"][part] = sequence.generated + behind
+            first = part.stop
 
     def _layout(self, *key: int) -> _Layout:
         found = self._layouts.get(key)
@@ -157,12 +143,12 @@ class StepBuffer:
         host: dict[str, np.ndarray] = {}
         device: dict[str, Tensor] = {}
         offset = 0
-        for name, (dtype, shape) in self._sections(*key[:5]).items():
+        for name, (dtype, shape) in sections(self.width, *key[:5]).items():
             used = int(np.prod(shape)) * np.dtype(dtype).itemsize
             part = slice(offset, offset + used)
             host[name] = self._host.numpy()[part].view(dtype).reshape(shape)
             device[name] = self._device[part].view(_DTYPES[dtype]).view(shape)
-            offset += _aligned(dtype, shape)
+            offset += aligned_bytes(dtype, shape)
         context = StepContext(
             positions=device["positions"],
             slots=device["slots"],
@@ -183,8 +169,3 @@ class StepBuffer:
         layout = _Layout(offset, host, batch)
         self._layouts[key] = layout
         return layout
-
-
-def _aligned(dtype: type, shape: tuple[int, ...]) -> int:
-    used = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return -(-used // ALIGNMENT) * ALIGNMENT

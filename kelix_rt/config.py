@@ -102,11 +102,14 @@ class EngineConfig(JsonConfig):
     max_batch: requests in flight. page_size: positions of a KV page. num_pages: KV pages, None =
     as many as `kv_memory_fraction` of the memory left after the weights holds. max_model_len:
     longest prompt plus answer in blocks, None = the model's. max_step_tokens: prompt positions
-    computed per step (prefill chunk). prefix_cache: share pages of equal prefixes. verify_head:
+    computed per step (prefill chunk). prefix_cache: share pages of equal prefixes.
+    image_cache_bytes: main memory for the codes of images seen before, 0 = none. verify_head:
     compute the full head too and count how often it leaves the admissible ids. position_markers:
     coordinates in front of every row of a prompt's images, such as "{row},{cols}", between the two
     ids that follow the end-of-block id; None = what the checkpoint's preprocessor_config.json
-    names, "" = no markers. seed: base of the requests' seeds.
+    names, "" = no markers. speculate_markers: guess the next marker inside a generated image and
+    let the model check it in one step; changes no output. Off with verify_head, which counts what
+    was generated. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     """
@@ -118,8 +121,10 @@ class EngineConfig(JsonConfig):
     max_model_len: int | None = None
     max_step_tokens: int = 512
     prefix_cache: bool = True
+    image_cache_bytes: int = 64 << 20
     verify_head: bool = False
     position_markers: str | None = None
+    speculate_markers: bool = True
     seed: int = 0
     trust_remote_code: bool = False
     max_condition_length: int = 720
@@ -127,6 +132,8 @@ class EngineConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         self.require_positive("max_batch page_size max_step_tokens max_condition_length")
+        size = self.image_cache_bytes
+        self.require(size >= 0, "image_cache_bytes", "be 0 or more")
         for name in ("num_pages", "max_model_len"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "be None or positive")

@@ -21,6 +21,7 @@ from kelix_rt.loop import Loop
 from kelix_rt.request import GREEDY_DRAWING, Prompt, RenderParams, SamplingParams
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import EndRules, Sequence
+from kelix_rt.stages.encode import split_images
 
 if TYPE_CHECKING:
     from kelix_rt.config import EngineConfig
@@ -81,7 +82,7 @@ class EngineCore(Loop):
         sequence = self._sequence(rows, sampling, ends, hidden_from, render)
         sequence.placed = placed
         if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
-            sequence.pixels = (prompt.pixel_values, prompt.image_grid_thw)
+            sequence.images.extend(split_images(prompt.pixel_values, prompt.image_grid_thw))
         return self.submit(sequence)
 
     def add_forced_image(self, prompt: Any, blocks: np.ndarray, render: RenderParams) -> int:

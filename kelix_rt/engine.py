@@ -6,20 +6,17 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kelix_rt.core import EngineCore
 from kelix_rt.errors import InputError
 from kelix_rt.intake import reported_rows
-from kelix_rt.loading import load_parts
-from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
+from kelix_rt.loaded import LoadedEngine
+from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers
 from kelix_rt.processing.sources import ImageSource
-from kelix_rt.processing.text import TOKENIZER_FILES
 from kelix_rt.reply import ReplyText
 from kelix_rt.request import (
     BlockEvent,
@@ -38,46 +35,17 @@ from kelix_rt.request import (
     Timings,
     Usage,
 )
-from kelix_rt.weights import OnTensor
 
 Messages = Items[Mapping[str, Any]]
 PromptLike = Prompt | Items[int] | np.ndarray | Tensor
 
 
-class Engine(EngineCore):
+class Engine(LoadedEngine):
     """A Kelix checkpoint ready to serve. Make one with `from_pretrained`.
 
     Every call may run next to others: requests of all calls share the same steps. Not
     thread-safe: one thread calls all methods.
     """
-
-    directory: Path
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        *,
-        dit: str | Path | None = None,
-        vae: str | Path | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        on_tensor: OnTensor | None = None,
-        **options: Any,
-    ) -> Engine:
-        """Loads a Kelix checkpoint: a local directory or a hub id.
-
-        dit, vae: the image DiT and its autoencoder; subfolders dit/ and vae/ of the model are
-        found without. Both are needed for drawing only. device: "auto" takes a GPU when there is
-        one. dtype: "auto" keeps what the language model stores, for all parts; or "bfloat16",
-        "float16", "float32". on_tensor: called with (name, bytes) after each tensor, for progress.
-        options: the fields of EngineConfig. Raises ConfigError, WeightError, CapacityError or
-        NativeError.
-        """
-        parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
-        engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
-        engine.directory = parts.directory
-        return engine
 
     @cached_property
     def images(self) -> ImageProcessor:
@@ -86,29 +54,17 @@ class Engine(EngineCore):
         return ImageProcessor.from_pretrained(self.directory, patch_size=patch)
 
     @cached_property
-    def has_text(self) -> bool:
-        """Whether the checkpoint's directory holds a tokenizer."""
-        return any((self.directory / name).is_file() for name in TOKENIZER_FILES)
-
-    @cached_property
-    def text(self) -> TextTokenizer:
-        """The checkpoint's tokenizer. ConfigError when its directory holds none."""
-        return TextTokenizer.from_pretrained(
-            self.directory, self.options.trust_remote_code, self.config.qwen_config.vocab_size
-        )
+    def processor(self) -> ChatProcessor:
+        """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
+        template = self._marker_template
+        markers = PositionMarkers(*self.config.marker_ids, template) if template else None
+        return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
 
     @property
     def _marker_template(self) -> str | None:
         """The position markers' text; None or "" where images have none."""
         chosen = self.options.position_markers
         return self.images.position_markers if chosen is None else chosen
-
-    @cached_property
-    def processor(self) -> ChatProcessor:
-        """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
-        end, template = self.config.block_end, self._marker_template
-        markers = PositionMarkers(end + 1, end + 2, template) if template else None
-        return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
 
     def warm_up(self) -> None:
         """Loads now what otherwise comes with the first use: text tokenizer and autoencoder.
@@ -172,7 +128,8 @@ class Engine(EngineCore):
         stage = self.runner.encode_stage()
         pixels, grid = self.images.preprocess(image, size=size)
         frames, rows, columns = grid[0].tolist()
-        codes = stage.codes(pixels, grid).clone()  # outside inference mode: free to be changed
+        # Copied outside inference mode: free to be changed.
+        codes = stage.cached_codes(pixels, grid)[0].clone().to(self.runner.device)
         return ImageCodes(codes, (frames, rows, columns))
 
     def reconstruct(

@@ -23,5 +23,9 @@ class CapacityError(KelixError, RuntimeError):
     """A request or a plan needs more memory than there is."""
 
 
+class AsleepError(KelixError, RuntimeError):
+    """The engine gave its memory back; `Engine.wake` takes it again."""
+
+
 class NativeError(KelixError, RuntimeError):
     """The native library is absent, or was built without what the call needs."""

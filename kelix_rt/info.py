@@ -28,6 +28,7 @@ from kelix_rt.memory import MemoryPlan, plan
 from kelix_rt.processing.text import TOKENIZER_FILES
 
 Facts = dict[str, Any]
+LENGTHS = (256, 1024, 4096, 16384)  # of requests whose number at once is told, in blocks
 
 
 def installation() -> Facts:
@@ -142,6 +143,57 @@ def _dit(config: SanaConfig) -> Facts:
         "blocks": f"{config.depth}, width {config.hidden_size}",
         "image": f"{pixels} x {pixels} pixels, {config.in_channels} latent channels",
         "condition": f"{condition} channels",
+    }
+
+
+def engine(
+    model: str | Path,
+    *,
+    dit: str | Path | None = None,
+    vae: str | Path | None = None,
+    options: EngineConfig | None = None,
+    dtype: torch.dtype | None = None,
+    free_bytes: int | None = None,
+) -> Facts:
+    """The memory of a whole engine by stage, and how many requests of a length run at once.
+
+    Arguments and errors as `kelix_rt.planning.engine_plan`; with an `error` and a cache of one page
+    when the memory does not suffice.
+    """
+    from kelix_rt.planning import engine_plan  # knows the models, and so needs the native library
+
+    options = options or EngineConfig()
+    try:
+        found = engine_plan(model, options, dit=dit, vae=vae, dtype=dtype, free_bytes=free_bytes)
+        return _engine(found)
+    except CapacityError as error:
+        one = replace(options, num_pages=1)
+        least = engine_plan(model, one, dit=dit, vae=vae, dtype=dtype)
+        return {**_engine(least), "free": free_bytes, "error": str(error)}
+
+
+def _engine(ledger: MemoryPlan) -> Facts:
+    lengths = [length for length in LENGTHS if length < ledger.max_positions]
+    requests = [
+        {"blocks": length, "requests": ledger.concurrency(length)}
+        for length in [*lengths, ledger.max_positions]
+    ]
+    entries = [
+        {"stage": entry.stage, "name": entry.name, "kind": entry.kind, "bytes": entry.num_bytes}
+        for entry in ledger.entries
+    ]
+    return {
+        "dtype": str(ledger.dtype).removeprefix("torch."),
+        "entries": entries,
+        "loaded": ledger.bytes_of("loaded"),
+        "transient": ledger.bytes_of("transient"),
+        "pages": ledger.num_pages,
+        "page_size": ledger.page_size,
+        "kv_bytes": ledger.kv_bytes,
+        "total": ledger.total_bytes,
+        "free": ledger.free_bytes,
+        "max_batch": ledger.max_batch,
+        "concurrency": requests,
     }
 
 

@@ -13,12 +13,13 @@ from kelix_rt._host import PagePool
 from kelix_rt.checkpoint import resolve
 from kelix_rt.config import EngineConfig, KelixConfig, read_config
 from kelix_rt.errors import ConfigError
-from kelix_rt.memory import available_bytes, choose_pages, max_positions
+from kelix_rt.memory import available_bytes, choose_pages
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.runner import Runner
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.stages.render import RenderStage
 from kelix_rt.weights import OnTensor
+from kelix_rt.workspace import language_workspaces, max_positions, render_workspaces
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -53,23 +54,16 @@ def load_parts(
         )
     target, wanted = choose_device(device), choose_dtype(dtype)
     language = KelixLM.from_pretrained(directory, target, wanted, on_tensor)
-    dit_path, vae_path = find_drawing(directory, dit, vae)
+    needs = language_workspaces(config, chosen, language.dtype)
+    drawing = find_drawing(directory, dit, vae)
     render = None
-    if dit_path is not None and vae_path is not None:
+    if drawing is not None:
         # The release runs all of its models in one dtype, the language model's.
-        render = RenderStage.from_pretrained(
-            dit_path, vae_path, target, language.dtype, chosen.max_condition_length, on_tensor
-        )
-        channels = render.dit.condition_channels
-        if channels != config.qwen_config.embed_dim:
-            raise ConfigError(
-                f"dit: {dit_path} reads conditions of {channels} channels, but the language "
-                f"model's embed_dim is {config.qwen_config.embed_dim}; they do not belong together"
-            )
-        if target.type == "cuda":
-            _ = render.vae.module  # it takes its memory before the pages take the rest
+        render = _load_render(drawing, target, language, chosen, on_tensor)
+        needs += render_workspaces(render.dit.config, render.vae.config, chosen, language.dtype)
     positions = max_positions(config, chosen)
-    pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
+    free = available_bytes(target) - sum(need.num_bytes for need in needs)
+    pages = choose_pages(config, chosen, language.dtype, max(free, 0))
     pool = PagePool(pages, chosen.page_size, config.num_codes + 1)
     scheduler = Scheduler(
         pool,
@@ -79,6 +73,28 @@ def load_parts(
     )
     runner = Runner(language, pool, chosen, max_positions=positions, render=render)
     return Parts(directory, runner, scheduler, chosen, positions)
+
+
+def _load_render(
+    drawing: tuple[Path, Path],
+    device: torch.device,
+    language: KelixLM,
+    options: EngineConfig,
+    on_tensor: OnTensor | None,
+) -> RenderStage:
+    dit, vae = drawing
+    render = RenderStage.from_pretrained(
+        dit, vae, device, language.dtype, options.max_condition_length, on_tensor
+    )
+    channels, width = render.dit.condition_channels, language.config.qwen_config.embed_dim
+    if channels != width:
+        raise ConfigError(
+            f"dit: {dit} reads conditions of {channels} channels, but the language model's "
+            f"embed_dim is {width}; they do not belong together"
+        )
+    if device.type == "cuda":
+        _ = render.vae.module  # it takes its memory before the pages take the rest
+    return render
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -105,19 +121,26 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def find_drawing(
-    directory: Path, dit: str | Path | None, vae: str | Path | None
-) -> tuple[Path | None, Path | None]:
-    """The directories of DiT and autoencoder: those given, else subfolders that exist.
+    directory: Path | None, dit: str | Path | None, vae: str | Path | None
+) -> tuple[Path, Path] | None:
+    """The directories of DiT and autoencoder: those given, else subfolders that exist, else None.
 
     A given directory without a config of its own may be a whole pipeline with such a subfolder.
+    Raises ConfigError where only one of the two is found.
     """
-    found = []
-    for name, given in (("dit", dit), ("vae", vae)):
-        path = directory if given is None else resolve(given)
-        inner = given is None or not (path / "config.json").is_file()
-        found.append(path / name if inner else path)
-    dit_path, vae_path = (path if path.is_dir() else None for path in found)
-    if (dit_path is None) != (vae_path is None):
-        missing = "dit" if dit_path is None else "vae"
-        raise ConfigError(f"drawing needs both the DiT and its VAE, but there is no {missing}=")
-    return dit_path, vae_path
+    dit_path, vae_path = _part(directory, "dit", dit), _part(directory, "vae", vae)
+    if dit_path is not None and vae_path is not None:
+        return dit_path, vae_path
+    if dit_path is None and vae_path is None:
+        return None
+    missing = "dit" if dit_path is None else "vae"
+    raise ConfigError(f"drawing needs both the DiT and its VAE, but there is no {missing}=")
+
+
+def _part(directory: Path | None, name: str, given: str | Path | None) -> Path | None:
+    path = directory if given is None else resolve(given)
+    if path is None:
+        return None
+    if given is None or not (path / "config.json").is_file():
+        path = path / name
+    return path if path.is_dir() else None

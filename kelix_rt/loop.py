@@ -6,9 +6,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kelix_rt.errors import KelixError
+import numpy as np
+
+from kelix_rt.errors import AsleepError, KelixError
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
 from kelix_rt.request import (
     BlockEvent,
     Event,
@@ -19,13 +23,15 @@ from kelix_rt.request import (
     RequestDone,
     RequestFailed,
 )
-from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler, StepPlan
+from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import Sequence
+from kelix_rt.stats import EngineStats
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from kelix_rt.config import KelixConfig
+    from kelix_rt.offload import Offloaded
     from kelix_rt.runner import Runner
 
 
@@ -33,17 +39,34 @@ class Loop:
     """Continuous batching over one runner. Not thread-safe: one thread calls all methods."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self.runner = runner
+        self._runner: Runner | None = runner  # None while the weights are left to the disk
+        self._offloaded: Offloaded | None = None  # set while they are kept in main memory
+        self.image_cache = None if runner.encode is None else runner.encode.cache
         self.scheduler = scheduler
         self.config: KelixConfig = runner.model.config
         self._requests: dict[int, Sequence] = {}
         self._mail: dict[int, deque[Event]] = {}  # of calls that wait for a request
         self._unread: deque[Event] = deque()
+        self.counts = EngineStats()
+
+    @property
+    def runner(self) -> Runner:
+        """The models and their memory. AsleepError while the engine sleeps."""
+        if self._runner is None or self._offloaded is not None:
+            raise AsleepError("the engine sleeps and takes no requests; call wake() first")
+        return self._runner
 
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or `step` has events to hand out."""
         return self.scheduler.has_work or bool(self._unread)
+
+    def stats(self) -> EngineStats:
+        """What was done since the start, as a copy."""
+        cache = self.image_cache
+        if cache is None:
+            return replace(self.counts)
+        return replace(self.counts, image_hits=cache.hits, image_misses=cache.misses)
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""
@@ -141,34 +164,35 @@ class Loop:
 
     def _run(self, plan: StepPlan) -> None:
         if isinstance(plan, BlockPlan):
+            self.counts.block_steps += 1
             self._run_blocks(plan)
         elif isinstance(plan, RenderPlan):
+            self.counts.render_steps += 1
             self._run_render(plan)
+        elif isinstance(plan, PicturePlan):
+            self._run_picture(plan)
         else:
+            self.counts.encode_steps += 1
             self._run_encode(plan)
 
     def _run_encode(self, plan: EncodePlan) -> None:
         for sequence in plan.sequences:
-            ids = self.runner.run_encode(sequence)
-            prompt = sequence.rows[: sequence.prompt_length]
-            prompt[sequence.placed, : self.config.num_codes] = ids
-            self.scheduler.encoded(sequence)
+            for ids in self.runner.run_encode(sequence):
+                sequence.place_image(ids)
+                self.scheduler.encoded(sequence)
 
     def _run_blocks(self, plan: BlockPlan) -> None:
-        drawn, blocks = self.runner.run_blocks(plan)
-        failed = (blocks < 0).any(axis=1)
-        for index in failed.nonzero()[0]:
-            sequence = drawn[index]
-            error = KelixError(
-                f"request {sequence.request_id}: the logits of block {sequence.generated} are "
-                "not finite; the weights or the prompt drive the model out of range"
-            )
-            self._fail(sequence, error)
+        drawn = self.runner.run_blocks(plan)
+        for span, blocks in drawn:
+            for block in blocks[:-1]:
+                self._append(span.sequence, block)
+            self._count_drafts(span, accepted=len(blocks) - 1)
+            if (blocks[-1] < 0).any():
+                self._fail(span.sequence, _not_finite(span.sequence))
         self.scheduler.advance(plan)
-        for sequence, block, row in zip(drawn, blocks, blocks.tolist(), strict=True):
-            if sequence.request_id in self._requests:
-                sequence.append(block)
-                self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, tuple(row)))
+        for span, blocks in drawn:
+            if span.sequence.request_id in self._requests:
+                self._append(span.sequence, blocks[-1])
         for sequence in plan.sequences:
             if sequence.finish_reason is None or sequence.request_id not in self._requests:
                 continue
@@ -177,6 +201,16 @@ class Loop:
                 self._start_render(sequence)
             else:
                 self._finish(sequence)
+
+    def _append(self, sequence: Sequence, block: np.ndarray) -> None:
+        sequence.append(block)
+        self.counts.blocks += 1
+        ids = tuple(block.tolist())
+        self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, ids))
+
+    def _count_drafts(self, span: Span, accepted: int) -> None:
+        self.counts.drafts_accepted += accepted
+        self.counts.drafts_rejected += span.drafts - accepted
 
     def _start_render(self, sequence: Sequence) -> None:
         try:
@@ -189,14 +223,14 @@ class Loop:
     def _run_render(self, plan: RenderPlan) -> None:
         for sequence, (step, steps) in self.runner.run_render(plan):
             self._emit(ImageProgress(sequence.request_id, step, steps))
-            if step < steps:
-                continue
-            try:
-                image = self.runner.finish_render(sequence)
-            except Exception as error:
-                self._fail(sequence, error)
-            else:
-                self._finish(sequence, image)
+            if step == steps:
+                self.scheduler.finish_render(sequence)
+
+    def _run_picture(self, plan: PicturePlan) -> None:
+        for sequence in plan.sequences:
+            image = self.runner.finish_render(sequence)
+            self.counts.pictures += 1
+            self._finish(sequence, image)
 
     def _finish(self, sequence: Sequence, image: Image | None = None) -> Output:
         """Takes a request out, and emits its last events."""
@@ -240,3 +274,10 @@ class Loop:
         del self._requests[sequence.request_id]
         self.scheduler.remove(sequence)
         self.runner.drop_render(sequence)
+
+
+def _not_finite(sequence: Sequence) -> KelixError:
+    return KelixError(
+        f"request {sequence.request_id}: the logits of block {sequence.generated} are not finite; "
+        "the weights or the prompt drive the model out of range"
+    )

@@ -1,4 +1,4 @@
-"""The ledger of device memory: what a checkpoint takes, what is left for the KV cache.
+"""What a checkpoint takes of a device's memory, and what is left for the KV cache.
 
 Everything here is computed from configs and the headers of safetensors files, before a weight is
 read.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,24 +16,26 @@ import torch
 from kelix_rt.checkpoint import Checkpoint
 from kelix_rt.config import EngineConfig, KelixConfig, TokenizerConfig, read_config
 from kelix_rt.errors import CapacityError
+from kelix_rt.ledger import MemoryEntry, MemoryPlan, Stage
 from kelix_rt.weights import float_dtype
+from kelix_rt.workspace import language_workspaces, max_positions
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container its own group
-WORKSPACE_TENSORS = 4  # activations of a step alive at once, in units of the widest one
 OUTPUT_HEAD = "model.model.output.weight"
 LM_HEAD = "lm_head.weight"
+VISION = "vision tokenizer"
+CODEBOOKS = "projected codebooks"
+ROTARY = "rotary table"
 # Name of a tensor -> where it is booked; the first match counts, None is never loaded.
 _GROUPS: tuple[tuple[str, str | None], ...] = (
     (r"lm_head\.", None),
     (r"token_head\.final_norm\.", None),
-    (r"packing_position_embedding|(^|visual_tokenizer\.)up_projectors\.", None),
-    (r"quantizer\.\d+\.(embedding|embedding_proj|voc_reducer)\b", None),  # projected at load
+    (r"packing_position_embedding|(^|\.)visual\.head\.", None),
+    (r"quantizer\.\d+\.(embedding|embedding_proj|q_norm|voc_reducer)\b", None),  # projected at load
     (r"^pos_embed$", None),
-    (
-        r"^visual_tokenizer\.|^visual\.|^(mlp_AR|pre_llm_aligner|quantizer)\.|^encoder\.(weight|bias)$",
-        "vision tokenizer",
-    ),
+    (r"^visual_tokenizer\.|^visual\.|^encoder\.(weight|bias)$", VISION),
+    (r"^(mlp_AR|pre_llm_aligner|quantizer|up_projectors)\.", VISION),
     (r"\.tok_embeddings\.", "embedding table"),
     (r"^model\.model\.output\.", "output head"),
     (r"\.token_head\.", "block decoder"),
@@ -41,57 +43,10 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class MemoryEntry:
-    """One line of the ledger."""
-
-    name: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a model needs. entries: weights and workspaces; the KV cache comes on top.
-
-    kv_bytes_per_block: keys and values of one position in all layers. num_pages: KV pages of
-    page_size positions, 0 for a model without a cache.
-    """
-
-    entries: tuple[MemoryEntry, ...]
-    dtype: torch.dtype
-    kv_bytes_per_block: int = 0
-    page_size: int = 0
-    num_pages: int = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV cache."""
-        return self.kv_bytes_per_block * self.page_size * self.num_pages
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything together."""
-        return sum(entry.num_bytes for entry in self.entries) + self.kv_bytes
-
-    def rows(self) -> list[tuple[str, int]]:
-        """(name, bytes) of every line, the KV cache and the total last; for printing."""
-        lines = [(entry.name, entry.num_bytes) for entry in self.entries]
-        if self.num_pages:
-            name = f"KV cache ({self.num_pages} pages of {self.page_size} blocks)"
-            lines.append((name, self.kv_bytes))
-        return [*lines, ("total", self.total_bytes)]
-
-
 def kv_bytes_per_block(config: KelixConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one position, all layers together."""
     qwen = config.qwen_config
     return 2 * qwen.num_layers * qwen.num_kv_heads * qwen.head_dim * dtype.itemsize
-
-
-def max_positions(config: KelixConfig, options: EngineConfig) -> int:
-    """Longest prompt plus answer: the option, at most the model's table of positions."""
-    limit = config.qwen_config.max_seq_len
-    return limit if options.max_model_len is None else min(limit, options.max_model_len)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -141,16 +96,6 @@ def choose_pages(
     return min(useful, fitting)
 
 
-def step_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) -> int:
-    """Upper estimate of the activations of one block step."""
-    qwen = config.qwen_config
-    rows = max(options.max_step_tokens, options.max_batch)
-    heads = (qwen.num_heads + 2 * qwen.num_kv_heads) * qwen.head_dim
-    widest = max(2 * qwen.intermediate_dim, heads, qwen.embed_dim)
-    logits = options.max_batch * (qwen.vocab_size + qwen.codebook_size)
-    return WORKSPACE_TENSORS * rows * widest * dtype.itemsize + logits * torch.float32.itemsize
-
-
 def plan(
     path: str | Path,
     *,
@@ -160,29 +105,59 @@ def plan(
 ) -> MemoryPlan:
     """The ledger of a checkpoint directory of any kind: Kelix, vision tokenizer, DiT or VAE.
 
-    dtype: None takes the stored one. free_bytes: memory for weights, workspaces and the cache
-    together; None books a cache for max_batch requests of full length (or `options.num_pages`).
+    A Kelix model's is without drawing, which `kelix_rt.planning.engine_plan` adds. dtype: None
+    takes the stored one. free_bytes: memory for weights, workspaces and the cache together; None
+    books a cache for max_batch requests of full length (or `options.num_pages`). Raises
+    CapacityError where nothing is left for the cache.
     """
     options = options or EngineConfig()
     directory = Path(path)
     config = read_config(directory)
     checkpoint = Checkpoint(directory)
     stored = dtype or float_dtype(checkpoint, checkpoint.names())
-    groups = _weights(checkpoint, stored)
-    tokenizer = config.tokenizer_config if isinstance(config, KelixConfig) else config
-    if isinstance(tokenizer, TokenizerConfig) and "vision tokenizer" in groups:
-        groups["projected codebooks"] = _codebook_bytes(tokenizer, stored)
-    entries = [MemoryEntry(name, size) for name, size in groups.items()]
+    entries = weight_entries(directory, stored)
     if not isinstance(config, KelixConfig):
         return MemoryPlan(tuple(entries), stored)
-    entries.append(MemoryEntry("workspace of a step", step_bytes(config, options, stored)))
-    rope = max_positions(config, options) * config.qwen_config.head_dim * torch.float32.itemsize
-    entries.append(MemoryEntry("rotary table", rope))
+    entries += language_workspaces(config, options, stored)
+    return with_cache(entries, config, options, stored, free_bytes)
+
+
+def with_cache(
+    entries: Sequence[MemoryEntry],
+    config: KelixConfig,
+    options: EngineConfig,
+    dtype: torch.dtype,
+    free_bytes: int | None,
+) -> MemoryPlan:
+    """The plan of these entries with the KV cache that fits beside them; as `plan`."""
     used = sum(entry.num_bytes for entry in entries)
     left = 1 << 62 if free_bytes is None else max(free_bytes - used, 0)
-    pages = choose_pages(config, options, stored, left)
-    per_block = kv_bytes_per_block(config, stored)
-    return MemoryPlan(tuple(entries), stored, per_block, options.page_size, pages)
+    return MemoryPlan(
+        tuple(entries),
+        dtype,
+        kv_bytes_per_block(config, dtype),
+        options.page_size,
+        choose_pages(config, options, dtype, left),
+        max_positions(config, options),
+        options.max_batch,
+        free_bytes,
+    )
+
+
+def weight_entries(directory: Path, dtype: torch.dtype) -> list[MemoryEntry]:
+    """Weights of a checkpoint directory, from the headers of its files, and tables made of them."""
+    config, checkpoint = read_config(directory), Checkpoint(directory)
+    groups = _weights(checkpoint, dtype)
+    tokenizer = config.tokenizer_config if isinstance(config, KelixConfig) else config
+    if isinstance(tokenizer, TokenizerConfig) and VISION in groups:
+        groups[CODEBOOKS] = codebook_bytes(tokenizer, dtype)
+    if isinstance(config, KelixConfig):
+        groups[ROTARY] = rotary_bytes(config)
+    rest: Stage = "generate" if isinstance(config, KelixConfig) else "render"
+    return [
+        MemoryEntry(name, size, "encode" if name in (VISION, CODEBOOKS) else rest)
+        for name, size in groups.items()
+    ]
 
 
 def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
@@ -206,6 +181,13 @@ def _group(name: str) -> str | None:
     return "weights"
 
 
-def _codebook_bytes(config: TokenizerConfig, dtype: torch.dtype) -> int:
+def rotary_bytes(config: KelixConfig) -> int:
+    """Bytes of the table of rotary positions, always float32."""
+    return config.qwen_config.max_seq_len * config.qwen_config.head_dim * torch.float32.itemsize
+
+
+def codebook_bytes(config: TokenizerConfig, dtype: torch.dtype) -> int:
+    """Bytes of the code vectors as they are kept, and of their norms."""
     codes = config.n_q_tokens * config.codes_per_book
-    return codes * (config.code_dim * dtype.itemsize + torch.float32.itemsize)
+    norms = 2 * torch.float32.itemsize  # of either way to compare
+    return codes * (config.code_dim * dtype.itemsize + norms)

@@ -195,6 +195,11 @@ class KelixConfig(JsonConfig):
         return self.token_decoder_config.eos_token
 
     @property
+    def marker_ids(self) -> tuple[int, int]:
+        """The ids around the coordinates of a position marker: the two after block_end."""
+        return self.block_end + 1, self.block_end + 2
+
+    @property
     def num_codes(self) -> int:
         """N: visual codes of a block."""
         return self.qwen_config.n_q_tokens

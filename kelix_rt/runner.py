@@ -12,8 +12,10 @@ from kelix_rt.batch import StepBuffer
 from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
-from kelix_rt.scheduler import BlockPlan, RenderPlan
+from kelix_rt.offload import Offloaded
+from kelix_rt.plans import BlockPlan, RenderPlan, Span
 from kelix_rt.sequence import Sequence
+from kelix_rt.speculation import accepted_drafts
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
 
@@ -57,7 +59,9 @@ class Runner:
         self.encode = (
             None
             if tokenizer is None
-            else EncodeStage(tokenizer, qwen.vocab_size, options.codes_mode)
+            else EncodeStage(
+                tokenizer, qwen.vocab_size, options.codes_mode, options.image_cache_bytes
+            )
         )
         self.max_condition_length = options.max_condition_length
 
@@ -77,6 +81,18 @@ class Runner:
             raise ConfigError(f"qwen_config.{name} is null: this model cannot draw")
         return value
 
+    def offload(self) -> Offloaded:
+        """Gives back what weights and cache take on the device, until `Offloaded.restore`.
+
+        Weights are copied to main memory; the content of the KV cache is lost.
+        """
+        modules: list[torch.nn.Module] = [self.model]
+        if self.render is not None:
+            self.render.denoiser.forget()
+            modules += [self.render.dit, self.render.vae.module]
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        return Offloaded(tensors, (self.kv.k, self.kv.v))
+
     def encode_stage(self) -> EncodeStage:
         """The encode stage. ConfigError when the checkpoint has no vision tokenizer."""
         if self.encode is None:
@@ -94,26 +110,41 @@ class Runner:
             )
         return self.render
 
-    def run_encode(self, sequence: Sequence) -> np.ndarray:
-        """Ids int64 [n, N] of the images of a request."""
-        assert sequence.pixels is not None
-        ids: np.ndarray = self.encode_stage().image_ids(*sequence.pixels).cpu().numpy()
-        return ids
+    def run_encode(self, sequence: Sequence) -> list[np.ndarray]:
+        """Ids int64 [n, N] of the next images of a request.
 
-    def run_blocks(self, plan: BlockPlan) -> tuple[list[Sequence], np.ndarray]:
-        """Computes the rows of a plan; the requests that got a block, and those int64 [R, N+1].
+        The vision tokenizer runs for one of them at most; those whose codes are known come along.
+        """
+        stage = self.encode_stage()
+        found: list[np.ndarray] = []
+        for pixels, grid in sequence.images:
+            codes, encoded = stage.cached_codes(pixels, grid)
+            found.append(stage.ids(codes).cpu().numpy())
+            if encoded:
+                break
+        return found
 
-        The one wait for the device is the read of the new blocks.
+    def run_blocks(self, plan: BlockPlan) -> list[tuple[Span, np.ndarray]]:
+        """Computes the rows of a plan; the spans that got blocks, and those int64 [1 + n, N+1].
+
+        n counts the drafts that were accepted, which the model's own block follows. The one wait
+        for the device is the read of the new blocks.
         """
         batch, drawn, kept = self.buffer.pack(plan)
         result = self.generate.step(batch)
         blocks = result.blocks.cpu().numpy()
+        found: dict[Span, np.ndarray] = {}
+        row = 0
+        for span in drawn:
+            found[span] = _checked(span, blocks[row : row + span.num_blocks])
+            row += span.num_blocks
         if result.hidden is not None:
             parts = result.hidden.split([count for _, count in kept])
             for (span, count), part in zip(kept, parts, strict=True):
-                span.sequence.hidden_parts.append(part)
-                span.sequence.hidden_count += count
-        return [span.sequence for span in drawn], blocks
+                rejected = span.num_blocks - len(found[span]) if span.drafts else 0
+                span.sequence.hidden_parts.append(part[: count - rejected])
+                span.sequence.hidden_count += count - rejected
+        return list(found.items())
 
     def image_blocks(self, codes: torch.Tensor, layout: Iterable[int] | None = None) -> np.ndarray:
         """Blocks int64 [n + 1, N+1] of an image of codes [T, N], vision_end being the last.
@@ -122,7 +153,7 @@ class Runner:
         (`ChatProcessor.image_ids`); None is the codes alone.
         """
         config = self.model.config
-        ids = self.encode_stage().tokenizer.global_ids(codes, config.qwen_config.vocab_size)
+        ids = self.encode_stage().ids(codes)
         first = np.array(ids[:, 0].tolist() if layout is None else list(layout))
         placed = slice(None) if layout is None else first == config.qwen_config.image_token_id
         blocks = np.full((len(first) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
@@ -171,3 +202,10 @@ class Runner:
     def hidden(self, sequence: Sequence) -> torch.Tensor:
         """The hidden states kept for a request, [rows, D], on the device."""
         return torch.cat(sequence.hidden_parts)
+
+
+def _checked(span: Span, blocks: np.ndarray) -> np.ndarray:
+    """What holds of a span's blocks [1 + drafts, N+1]: up to the first that was not guessed."""
+    known = span.sequence.length
+    drafts = span.sequence.rows[known : known + span.drafts]
+    return blocks[: 1 + accepted_drafts(drafts, blocks)]

@@ -3,7 +3,16 @@
 The three kinds of work take turns while they have something to do, so a long prompt, a running
 reply and an image in the making share the device. Inside a block step, rows that decode come
 first and prompts fill the rest of the budget in chunks. When pages run out, the request admitted
-last gives its pages back and is computed again later. No torch here.
+last gives its pages back and is computed again later. A decoding row may have guessed ones behind
+it (`kelix_rt.speculation`), where neither rows nor pages of another request are lost by it.
+
+The bound on the time between two blocks of a request, in steps: every block step gives a block to
+every request that decodes, and of three steps in a row at least one is a block step. In between run
+at most one pass of the vision tokenizer over one image, and either one denoise step of at most
+max_render_batch drawings or the decoding of one picture. A block step computes at most
+max_step_tokens rows, whatever prompts wait. Only a request that lost its pages waits longer, and
+the one admitted first loses none. In the same way of three steps one encodes and one draws. No
+torch here.
 """
 
 from __future__ import annotations
@@ -11,62 +20,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from kelix_rt.errors import CapacityError
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
 from kelix_rt.sequence import Sequence
+from kelix_rt.speculation import DRAFT_ROWS, Drafter
 
 if TYPE_CHECKING:
     from kelix_rt._host import PagePool
 
 
-@dataclass(frozen=True)
-class Span:
-    """Rows start..start+count of a sequence in a step; wants_block: its last row yields one."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    wants_block: bool
-
-    @property
-    def end(self) -> int:
-        """One past the last row."""
-        return self.start + self.count
-
-
-@dataclass(frozen=True)
-class EncodePlan:
-    """Turn the images of these requests into codes."""
-
-    sequences: tuple[Sequence, ...]
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Run the language model over these rows."""
-
-    spans: tuple[Span, ...]
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """The sequences of the spans, in order."""
-        return tuple(span.sequence for span in self.spans)
-
-
-@dataclass(frozen=True)
-class RenderPlan:
-    """Take one denoise step for each of these requests."""
-
-    sequences: tuple[Sequence, ...]
-
-
-StepPlan: TypeAlias = EncodePlan | BlockPlan | RenderPlan
+MAX_RENDER_BATCH = 8
 
 
 class Scheduler:
-    """Holds every unfinished request in one of four queues and the pages in the pool."""
+    """Holds every unfinished request in its queue and the pages in the pool."""
 
     def __init__(
         self,
@@ -75,17 +44,20 @@ class Scheduler:
         max_batch: int,
         max_step_tokens: int,
         prefix_cache: bool,
-        max_render_batch: int = 8,
+        max_render_batch: int = MAX_RENDER_BATCH,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
         self.max_render_batch = max_render_batch
+        self.drafter = drafter
         self.to_encode: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.rendering: deque[Sequence] = deque()
+        self.denoised: deque[Sequence] = deque()
         self._planners: deque[Callable[[], StepPlan | None]] = deque(
             (self._plan_encode, self._plan_blocks, self._plan_render)
         )
@@ -94,7 +66,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.running or self.rendering)
+        return bool(self.waiting or self.running or self.rendering or self.denoised)
 
     @property
     def capacity(self) -> int:
@@ -111,7 +83,7 @@ class Scheduler:
                 f"there are {self.pool.num_pages}; lower max_blocks or raise num_pages"
             )
         self.waiting.append(sequence)
-        if sequence.pixels is not None:
+        if sequence.images:
             self.to_encode.append(sequence)
 
     def schedule(self) -> StepPlan | None:
@@ -124,12 +96,16 @@ class Scheduler:
         return None
 
     def advance(self, plan: BlockPlan) -> None:
-        """Books the rows of a block step that has run; full pages become shareable."""
+        """Books the rows of a block step that has run; full pages become shareable.
+
+        Accepted drafts must be appended before. Rejected ones stay what they are, rows behind the
+        known ones: their keys and values are overwritten before anything reads them.
+        """
         for span in plan.spans:
             sequence = span.sequence
             if sequence.handle is None:  # aborted or failed meanwhile
                 continue
-            sequence.advance(span.count)
+            sequence.advance(min(span.end, sequence.length) - span.start)
             # A prompt is shared once its first block was drawn, so never one that gives NaN.
             if self.prefix_cache and sequence.pending == 0:
                 full = sequence.computed - sequence.computed % self.pool.page_size
@@ -141,14 +117,21 @@ class Scheduler:
         self.remove(sequence)
         self.rendering.append(sequence)
 
+    def finish_render(self, sequence: Sequence) -> None:
+        """Books that the denoise steps of a drawing are all taken."""
+        self.rendering.remove(sequence)
+        self.denoised.append(sequence)
+
     def encoded(self, sequence: Sequence) -> None:
-        """Books that the images of a sequence are codes now."""
-        sequence.pixels = None
-        self.to_encode.remove(sequence)
+        """Books that the next image of a sequence is codes now."""
+        sequence.images.popleft()
+        if not sequence.images:
+            self.to_encode.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out of every queue and gives its pages back; at any time."""
-        for queue in (self.to_encode, self.waiting, self.running, self.rendering):
+        queues = (self.to_encode, self.waiting, self.running, self.rendering, self.denoised)
+        for queue in queues:
             if sequence in queue:
                 queue.remove(sequence)
         self._release(sequence)
@@ -156,7 +139,9 @@ class Scheduler:
     def _plan_encode(self) -> EncodePlan | None:
         return EncodePlan((self.to_encode[0],)) if self.to_encode else None
 
-    def _plan_render(self) -> RenderPlan | None:
+    def _plan_render(self) -> RenderPlan | PicturePlan | None:
+        if self.denoised:  # one by one: a picture takes as long as several denoise steps
+            return PicturePlan((self.denoised[0],))
         if not self.rendering:
             return None
         # Always the oldest ones: a batch that stays together is set up only once.
@@ -165,8 +150,10 @@ class Scheduler:
     def _plan_blocks(self) -> BlockPlan | None:
         spans: dict[Sequence, Span] = {}
         budget = self.max_step_tokens
+        draft_rows = DRAFT_ROWS
         # Decoding rows first. Admission needs budget to spare, so there is one left for each.
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
+        order = sorted(self.running, key=lambda s: s.pending > 1)
+        for index, sequence in enumerate(order):
             if budget == 0:
                 break
             if sequence.handle is None:  # preempted by one before it
@@ -180,15 +167,18 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.handle is not None:
-                spans[sequence] = self._span(sequence, count)
-                budget -= count
+                others = len(order) - index - 1
+                drafts = self._draft(sequence, min(draft_rows, budget - count - others))
+                draft_rows -= drafts
+                spans[sequence] = self._span(sequence, count, drafts)
+                budget -= count + drafts
         budget = self._admit_waiting(spans, budget)
         return BlockPlan(tuple(spans.values())) if spans else None
 
     def _admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
         while self.waiting and budget and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            if sequence.pixels is not None or not self._admit(sequence):
+            if sequence.images or not self._admit(sequence):
                 break
             count = min(sequence.pending, budget)
             if not self._grow(sequence, sequence.computed + count):
@@ -230,9 +220,25 @@ class Scheduler:
             return sequence.length
         return min(sequence.length, sequence.hidden_from + sequence.hidden_count + 1)
 
-    def _span(self, sequence: Sequence, count: int) -> Span:
-        end = sequence.computed + count
-        return Span(sequence, sequence.computed, count, sequence.wants_block(end))
+    def _draft(self, sequence: Sequence, room: int) -> int:
+        """Writes guessed rows, `room` at most, behind the known ones; their number."""
+        if self.drafter is None or room < 1 or sequence.pending != 1 or sequence.image_closed:
+            return 0
+        drafts = self.drafter.propose(sequence)
+        if drafts is None:
+            return 0
+        drafts = drafts[: min(room, sequence.room_for_drafts(drafts))]
+        end = sequence.length + len(drafts)
+        # As at admission: a page is left for every running request, so a guess preempts nobody.
+        pages = self._pages(end) - self._pages(sequence.length) + len(self.running)
+        if not len(drafts) or pages > self.pool.num_available or not self._grow(sequence, end):
+            return 0
+        sequence.rows[sequence.length : end] = drafts
+        return len(drafts)
+
+    def _span(self, sequence: Sequence, count: int, drafts: int = 0) -> Span:
+        wants_block = sequence.wants_block(sequence.computed + count)
+        return Span(sequence, sequence.computed, count + drafts, wants_block, drafts)
 
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         return sequence.handle is not None and self.pool.grow(sequence.handle, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ class Sequence:
         self.hidden_count = 0
         self.render = render
         self.placed: np.ndarray | None = None  # bool [S]: rows that are image placeholders
-        self.pixels: tuple[Tensor, Tensor] | None = None  # set until the images are encoded
+        self.images: deque[tuple[Tensor, Tensor]] = deque()  # patches and grids not yet encoded
+        self._placed_rows = 0
         self.render_state: Any = None  # the render stage's own
         self.condition_length = 0
         self.handle: int | None = None
@@ -73,6 +75,14 @@ class Sequence:
         self.image_closed = False
         self.created = time.perf_counter()
         self.admitted = self.first_block = self.blocks_done = 0.0
+
+    def place_image(self, ids: np.ndarray) -> None:
+        """Puts ids [n, N] of the next image in place of its placeholders."""
+        assert self.placed is not None
+        first = self._placed_rows
+        self._placed_rows += len(ids)
+        places = np.flatnonzero(self.placed)[first : self._placed_rows]
+        self.rows[places, : ids.shape[1]] = ids
 
     @property
     def pending(self) -> int:
@@ -102,6 +112,16 @@ class Sequence:
     def wants_block(self, end: int) -> bool:
         """Whether a block follows once the rows before `end` are computed."""
         return end == self.length and not self.image_closed
+
+    def room_for_drafts(self, drafts: np.ndarray) -> int:
+        """How many guessed blocks [n, N+1] can follow so that none of them ends the request.
+
+        The block drawn behind the last of them may: it is the one that counts up to max_blocks.
+        """
+        ending = [first == self.ends.image_end or first in self.ends.stop_ids
+                  for first in drafts[:, 0].tolist()]  # fmt: skip
+        harmless = ending.index(True) if True in ending else len(ending)
+        return max(0, min(harmless, self.ends.max_blocks - self.generated - 1))
 
     def new_hidden(self, start: int, end: int) -> range:
         """Rows of start..end whose hidden states are wanted and not kept yet."""

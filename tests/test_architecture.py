@@ -27,6 +27,9 @@ FORBIDDEN = {
     "config": ["torch", "kelix_rt.models", "kelix_rt.ops"],
     "model_configs": ["torch", "kelix_rt.models", "kelix_rt.ops"],
     "scheduler": ["torch", "kelix_rt.models", "kelix_rt.ops", "kelix_rt.runner"],
+    "plans": ["torch", "kelix_rt.models", "kelix_rt.ops", "kelix_rt.runner"],
+    "speculation": ["torch", "kelix_rt.models", "kelix_rt.ops", "kelix_rt.runner"],
+    "step_layout": ["torch", "kelix_rt.models", "kelix_rt.ops", "kelix_rt.runner"],
     "errors": ["torch", "kelix_rt"],
     "ops": ["kelix_rt.models", "kelix_rt.stages", "kelix_rt.engine", "kelix_rt.processing"],
     "models": [

@@ -169,6 +169,7 @@ def test_encode_takes_a_vision_tokenizer_alone(kelix, golden: Path) -> None:
             "neither a Kelix model nor a tokenizer",
         ),
         (["info", "/no/such/place"], "is not a directory"),
+        (["info", "--plan"], "--plan needs a CHECKPOINT"),
         (["parity", "/no/such/place"], "is not a directory"),
     ],
 )
@@ -192,6 +193,19 @@ def test_info_shows_the_installation_and_the_ledger(kelix, model: Path) -> None:
     found = json.loads(kelix("info", model, "--device", "cpu", "--json").out)
     assert found["installation"]["kelix_rt"]
     assert found["checkpoint"]["memory"]["total"] > 0
+
+
+def test_info_plans_an_engine_by_stage(kelix, model: Path, golden: Path) -> None:
+    parts = ("--dit", golden / "e2e_dit" / "dit", "--vae", golden / "e2e_dit" / "vae")
+    result = kelix("info", model, "--plan", *parts, "--device", "cpu")
+    assert result.code == 0
+    for text in ("encode: vision tokenizer", "render: image DiT", "at once (max_batch 32)"):
+        assert text in result.out
+    plain = json.loads(kelix("info", model, "--device", "cpu", "--json").out)
+    assert "plan" not in plain
+    found = json.loads(kelix("info", model, "--plan", *parts, "--device", "cpu", "--json").out)
+    assert found["plan"]["total"] > plain["checkpoint"]["memory"]["total"]
+    assert found["plan"]["concurrency"][-1]["blocks"] == 512
 
 
 def test_the_loading_bar_ends_full(model: Path) -> None:

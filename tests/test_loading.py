@@ -40,7 +40,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
-    assert find_drawing(tmp_path, None, None) == (None, None)
+    assert find_drawing(tmp_path, None, None) is None
+    assert find_drawing(None, None, None) is None
     (tmp_path / "dit").mkdir()
     with pytest.raises(ConfigError, match="there is no vae="):
         find_drawing(tmp_path, None, None)

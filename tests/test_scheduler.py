@@ -2,85 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kelix_rt._host import PagePool
 from kelix_rt.errors import CapacityError
-from kelix_rt.request import RenderParams, SamplingParams
-from kelix_rt.scheduler import BlockPlan, EncodePlan, RenderPlan, Scheduler
-from kelix_rt.sequence import EndRules, Sequence
-
-WIDTH = 3
-PAGE = 4
-EOS = 7
-IMAGE_END = 8
-
-
-def make_scheduler(num_pages: int = 64, **options: object) -> Scheduler:
-    values: dict = {"max_batch": 8, "max_step_tokens": 16, "prefix_cache": True} | options
-    return Scheduler(PagePool(num_pages, PAGE, WIDTH), **values)
-
-
-def make_sequence(
-    number: int, prompt: int = 5, max_blocks: int = 6, *, draw: bool = False, base: int = 100
-) -> Sequence:
-    rows = np.full((prompt, WIDTH), 1, dtype=np.int64)
-    rows[:, 0] = base + np.arange(prompt)
-    ends = EndRules(frozenset({EOS}), max_blocks, IMAGE_END if draw else None)
-    render = RenderParams(steps=1) if draw else None
-    hidden = prompt - 1 if draw else None
-    return Sequence(number, rows, SamplingParams(), 0, ends, render=render, hidden_from=hidden)
-
-
-def next_block(sequence: Sequence) -> np.ndarray:
-    """A pretended model: the block depends on the request and its index only."""
-    if sequence.draws and sequence.generated == 2:
-        return np.array([IMAGE_END, 0, 0])
-    return np.array([1000 + 10 * sequence.request_id + sequence.generated, 0, 0])
-
-
-def run_blocks(scheduler: Scheduler, plan: BlockPlan) -> None:
-    assert 0 < sum(span.count for span in plan.spans) <= scheduler.max_step_tokens
-    assert len({span.sequence for span in plan.spans}) == len(plan.spans)
-    for span in plan.spans:
-        assert span.start == span.sequence.computed
-        assert scheduler.pool.num_rows(span.sequence.handle) >= span.end
-        span.sequence.hidden_count += len(span.sequence.new_hidden(span.start, span.end))
-    scheduler.advance(plan)
-    for span in plan.spans:
-        sequence = span.sequence
-        if span.wants_block:
-            sequence.append(next_block(sequence))
-        if sequence.finish_reason is not None:
-            if sequence.draws:
-                scheduler.start_render(sequence)
-            else:
-                scheduler.remove(sequence)
-    scheduler.pool.check()
-
-
-def run_all(scheduler: Scheduler, limit: int = 2000) -> list[object]:
-    plans: list[object] = []
-    while scheduler.has_work:
-        plan = scheduler.schedule()
-        assert plan is not None, "work is left but nothing is planned"
-        plans.append(plan)
-        assert len(plans) < limit, "no progress"
-        if isinstance(plan, BlockPlan):
-            run_blocks(scheduler, plan)
-        elif isinstance(plan, RenderPlan):
-            for sequence in plan.sequences:
-                scheduler.remove(sequence)
-        else:
-            assert isinstance(plan, EncodePlan)
-            scheduler.encoded(plan.sequences[0])
-    assert scheduler.schedule() is None
-    assert scheduler.pool.num_used == 0
-    assert scheduler.pool.num_sequences == 0
-    return plans
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan
+from kelix_rt.request import RenderParams
+from kelix_rt.sequence import EndRules
+from tests.scheduler_helpers import (
+    IMAGE_END,
+    PAGE,
+    Guesses,
+    make_scheduler,
+    make_sequence,
+    run_all,
+    run_blocks,
+)
 
 
 def test_a_long_prompt_is_computed_in_chunks() -> None:
@@ -164,10 +102,11 @@ def test_a_closed_image_is_fed_once_and_rendered() -> None:
     sequence = make_sequence(1, max_blocks=3, draw=True)
     scheduler.add(sequence)
     plans = run_all(scheduler)
-    assert isinstance(plans[-1], RenderPlan)
+    assert isinstance(plans[-2], RenderPlan)
+    assert isinstance(plans[-1], PicturePlan)
     assert sequence.finish_reason == "stop"
     assert sequence.generated == 3
-    assert [p.spans[0].wants_block for p in plans[:-1]] == [True, True, True, False]
+    assert [p.spans[0].wants_block for p in plans[:-2]] == [True, True, True, False]
     assert sequence.hidden_count == 4  # the last prompt row and every generated one
 
 
@@ -192,11 +131,11 @@ def test_kinds_of_work_take_turns() -> None:
 def test_images_are_encoded_before_admission() -> None:
     scheduler = make_scheduler()
     sequence = make_sequence(1)
-    sequence.pixels = ("patches", "grid")
+    sequence.images.extend([("patches", "grid")] * 3)
     scheduler.add(sequence)
     plans = run_all(scheduler)
-    assert isinstance(plans[0], EncodePlan)
-    assert all(isinstance(plan, BlockPlan) for plan in plans[1:])
+    assert all(isinstance(plan, EncodePlan) for plan in plans[:3])
+    assert all(isinstance(plan, BlockPlan) for plan in plans[3:])
 
 
 def test_a_request_that_never_fits_is_refused() -> None:
@@ -206,6 +145,35 @@ def test_a_request_that_never_fits_is_refused() -> None:
     assert not scheduler.has_work
     scheduler.add(make_sequence(2, prompt=5, max_blocks=4))
     run_all(scheduler)
+
+
+def test_guessed_rows_come_after_those_of_every_running_request() -> None:
+    scheduler = make_scheduler(max_step_tokens=6, drafter=Guesses(5, 5))
+    for number in (1, 2, 3):
+        scheduler.add(make_sequence(number, prompt=1, max_blocks=9, base=100 * number))
+    run_blocks(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(4, prompt=9, base=900))
+    plan = scheduler.schedule()
+    assert [(s.sequence.request_id, s.count, s.drafts) for s in plan.spans] == [
+        (1, 4, 3),
+        (2, 1, 0),
+        (3, 1, 0),
+    ]
+    run_all(scheduler)
+
+
+def test_a_guess_takes_no_page_that_a_running_request_needs() -> None:
+    """The first request ends before it needs a second page; its guesses must not take the last."""
+    scheduler = make_scheduler(num_pages=3, prefix_cache=False, drafter=Guesses(3, 0))
+    first = make_sequence(1, prompt=2, max_blocks=6)
+    first.ends = EndRules(frozenset({1011}), 6)
+    second = make_sequence(2, prompt=4, max_blocks=4, base=500)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    plans = run_all(scheduler)
+    assert first.generated == 2
+    assert second.preemptions == 0
+    assert any(span.drafts for plan in plans for span in plan.spans), "room later on"
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,14 +187,17 @@ def test_a_request_that_never_fits_is_refused() -> None:
     budget=st.integers(1, 17),
     batch=st.integers(1, 6),
     cache=st.booleans(),
+    guesses=st.none() | st.tuples(st.integers(1, 6), st.integers(0, 6)),
     aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 11)), max_size=4),
 )
 def test_any_mixture_finishes_with_the_same_blocks(
-    requests: list, pages: int, budget: int, batch: int, cache: bool, aborts: list
-) -> None:
+    requests: list, pages: int, budget: int, batch: int, cache: bool, guesses: tuple | None,
+    aborts: list,
+) -> None:  # fmt: skip
     scheduler = make_scheduler(
-        num_pages=pages, max_step_tokens=budget, max_batch=batch, prefix_cache=cache
-    )
+        num_pages=pages, max_step_tokens=budget, max_batch=batch, prefix_cache=cache,
+        drafter=guesses and Guesses(*guesses),
+    )  # fmt: skip
     sequences = [
         make_sequence(number, prompt, max_blocks, draw=draw, base=100 * group)
         for number, (prompt, max_blocks, draw, group) in enumerate(requests)

@@ -8,9 +8,12 @@ import typer
 
 from kelix_rt.cli import options
 from kelix_rt.cli.output import plain_table, print_json, size_text, stdout
+from kelix_rt.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+STAGES = ("encode", "generate", "render")
 
 
 def info(
@@ -19,6 +22,11 @@ def info(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="The memory of a whole engine, and what runs at once.")
+    ] = False,
+    dit: options.Dit = None,
+    vae: options.Vae = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the installation, or what a checkpoint holds and costs, before loading it."""
@@ -26,18 +34,26 @@ def info(
     from kelix_rt.loading import choose_device, choose_dtype
     from kelix_rt.memory import available_bytes
 
+    if plan and checkpoint is None:
+        raise InputError("--plan needs a CHECKPOINT to plan for")
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
         free = available_bytes(choose_device(device))
         found["checkpoint"] = facts.checkpoint(
             checkpoint, dtype=choose_dtype(dtype), free_bytes=free
         )
+        if plan:
+            found["plan"] = facts.engine(
+                checkpoint, dit=dit, vae=vae, dtype=choose_dtype(dtype), free_bytes=free
+            )
     if as_json:
         print_json(found)
         return
     stdout().print(_installation(found["installation"]))
     if checkpoint is not None:
         _print_checkpoint(found["checkpoint"])
+    if plan:
+        _print_plan(found["plan"])
 
 
 def _installation(facts: dict[str, Any]) -> Table:
@@ -77,6 +93,31 @@ def _print_checkpoint(facts: dict[str, Any]) -> None:
             console.print(f"does not fit: {facts['memory']['error']}", style="red", markup=False)
     for part in facts.get("parts", ()):
         _print_checkpoint(part)
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    console = stdout()
+    console.print()
+    table = plain_table(f"engine in {plan['dtype']}", "loaded", "while running")
+    for stage in STAGES:
+        for entry in plan["entries"]:
+            if entry["stage"] == stage:
+                sizes = ["", ""]
+                sizes[entry["kind"] == "transient"] = size_text(entry["bytes"])
+                table.add_row(f"{stage}: {entry['name']}", *sizes)
+    cache = f"KV cache ({plan['pages']} pages of {plan['page_size']} blocks)"
+    table.add_row(f"generate: {cache}", size_text(plan["kv_bytes"]), "")
+    loaded = plan["loaded"] + plan["kv_bytes"]
+    table.add_row("in all", size_text(loaded), size_text(plan["transient"]))
+    console.print(table)
+    if "error" in plan:
+        console.print(f"does not fit: {plan['error']}", style="red", markup=False)
+        return
+    console.print()
+    table = plain_table("blocks of a request", f"at once (max_batch {plan['max_batch']})")
+    for row in plan["concurrency"]:
+        table.add_row(str(row["blocks"]), str(row["requests"]))
+    console.print(table)
 
 
 def _memory(memory: dict[str, Any]) -> Table:

@@ -42,12 +42,13 @@ def load_engine(
     from kelix_rt.memory import plan
 
     directory = resolve(model)
-    dit_path, vae_path = find_drawing(directory, dit, vae)
-    if drawing and dit_path is None:
+    found = find_drawing(directory, dit, vae)
+    if drawing and found is None:
         raise ConfigError(
             f"drawing needs the image DiT and its VAE: {directory} has no subfolders dit/ and "
             "vae/, so pass --dit and --vae"
         )
+    dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
     entries = [entry for path in sources for entry in plan(path, dtype=choose_dtype(dtype)).entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)

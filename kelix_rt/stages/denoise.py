@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -93,6 +94,10 @@ class Denoiser:
         self.dit = dit
         self._plans: dict[tuple[str, int, float], _Plan] = {}
         self._batches: dict[tuple[object, ...], _Batch] = {}
+        # Kept as long as a guided state that uses it, and no longer.
+        self._unconditional: WeakValueDictionary[tuple[int, ...], ConditionCache] = (
+            WeakValueDictionary()
+        )
 
     def start(
         self,
@@ -111,14 +116,20 @@ class Denoiser:
         """
         uncond = None
         if cfg != 1.0:
-            uncond = self.dit.unconditional(
-                condition.batch, condition.capacity, condition.grid_length
-            )
+            uncond = self._uncond(condition)
         device = self.dit.device
         start = latent.to(device=device, dtype=torch.float32, copy=True).contiguous()
         guidance = torch.full((len(latent),), cfg, dtype=torch.float32, device=device)
         plan = self._plan(scheduler, steps, shift)
         return RenderState(plan, start, condition, uncond, guidance, seed)
+
+    def _uncond(self, condition: ConditionCache) -> ConditionCache:
+        """The guidance's other half, made once for all drawings in flight that it fits."""
+        key = (condition.batch, condition.capacity, condition.grid_length)
+        known = self._unconditional.get(key)
+        if known is None:
+            known = self._unconditional[key] = self.dit.unconditional(*key)
+        return known
 
     def _plan(self, scheduler: str, steps: int, shift: float) -> _Plan:
         key = (scheduler, steps, shift)
@@ -159,6 +170,11 @@ class Denoiser:
     def release(self, state: RenderState) -> None:
         """Forgets the batches that hold `state`, so that its memory can go."""
         self._batches = {k: b for k, b in self._batches.items() if state not in b.states}
+
+    def forget(self) -> None:
+        """Lets go of everything that is kept between drawings."""
+        self._plans.clear()
+        self._batches.clear()
 
     def _join(self, key: tuple[object, ...], states: tuple[RenderState, ...]) -> _Batch:
         known = self._batches.get(key)

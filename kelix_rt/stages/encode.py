@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kelix_rt.errors import InputError
 from kelix_rt.models.vision_layout import MERGE, read_grids
+from kelix_rt.stages.code_cache import CodeCache, content_key
 
 if TYPE_CHECKING:
     from kelix_rt.models.vision_tokenizer import VisionTokenizer
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 def block_count(grid: Tensor) -> int:
     """Number of visual blocks of grids [n, 3] of (frames, rows, columns) patches."""
     return int((grid[:, 0] * (grid[:, 1] // MERGE) * (grid[:, 2] // MERGE)).sum())
+
+
+def split_images(pixel_values: Tensor, grid: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Patches and grid [1, 3] of each image of packed patches that `check_patches` let pass."""
+    return list(zip(pixel_values.split(grid.prod(dim=1).tolist()), grid.split(1), strict=True))
 
 
 def check_patches(pixel_values: Tensor, grid: Tensor) -> None:
@@ -33,17 +39,22 @@ def check_patches(pixel_values: Tensor, grid: Tensor) -> None:
 
 
 class EncodeStage:
-    """Runs the vision tokenizer; one call encodes any number of images."""
+    """Runs the vision tokenizer; one call encodes any number of images.
+
+    cache_bytes: what codes of images seen before may take; 0 keeps none.
+    """
 
     def __init__(
         self,
         tokenizer: VisionTokenizer,
         text_vocab: int,
         mode: Literal["exact", "reference"] = "exact",
+        cache_bytes: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.text_vocab = text_vocab
         self.mode = mode
+        self.cache = CodeCache(cache_bytes)
 
     @torch.inference_mode()
     def codes(self, pixel_values: Tensor, grid: Tensor) -> Tensor:
@@ -53,7 +64,22 @@ class EncodeStage:
         pixels = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
         return self.tokenizer.encode(pixels, grid, mode=self.mode)
 
+    def cached_codes(self, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, bool]:
+        """Codes of one image, of grid [1, 3], and whether the tokenizer had to run for them.
+
+        Codes that are known come from the CPU.
+        """
+        if not self.cache.max_bytes:
+            return self.codes(pixel_values, grid), True
+        key = content_key(pixel_values, grid)
+        codes = self.cache.get(key)
+        if codes is not None:
+            return codes, False
+        codes = self.codes(pixel_values, grid)
+        self.cache.put(key, codes)
+        return codes, True
+
     @torch.inference_mode()
-    def image_ids(self, pixel_values: Tensor, grid: Tensor) -> Tensor:
-        """The same codes as ids of the language model, int64 [T, N]."""
-        return self.tokenizer.global_ids(self.codes(pixel_values, grid), self.text_vocab)
+    def ids(self, codes: Tensor) -> Tensor:
+        """Codes [T, N] as ids of the language model, int64 [T, N]."""
+        return self.tokenizer.global_ids(codes, self.text_vocab)

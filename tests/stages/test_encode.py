@@ -34,7 +34,7 @@ def test_codes_and_ids_equal_the_golden_ones(engine: Engine, path: Path) -> None
     stage = engine.runner.encode_stage()
     patches = data["vis/pixel_values"], data["vis/image_grid_thw"]
     assert torch.equal(stage.codes(*patches), data["vis/indices"])
-    assert torch.equal(stage.image_ids(*patches), data["vis/aligned_ids"])
+    assert torch.equal(stage.ids(stage.codes(*patches)), data["vis/aligned_ids"])
 
 
 def test_pixels_in_a_prompt_equal_their_ids(engine: Engine, path: Path) -> None:
@@ -55,7 +55,7 @@ def test_an_encoder_that_fails_fails_its_request_alone(
         raise RuntimeError("no more memory")
 
     data = fixtures(path)
-    monkeypatch.setattr(engine.runner.encode, "image_ids", broken)
+    monkeypatch.setattr(engine.runner.encode, "cached_codes", broken)
     ids = [engine.config.qwen_config.image_token_id] * len(data["vis/aligned_ids"])
     image = Prompt(ids, None, data["vis/pixel_values"], data["vis/image_grid_thw"])
     failed, fine = engine.generate([image, [1, 2]], SamplingParams(max_blocks=3))

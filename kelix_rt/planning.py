@@ -1,0 +1,120 @@
+"""The ledger of a whole engine, drawing included, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kelix_rt.assets import bundled
+from kelix_rt.checkpoint import Checkpoint
+from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig, read_config
+from kelix_rt.errors import ConfigError, InputError
+from kelix_rt.ledger import MemoryEntry, MemoryPlan
+from kelix_rt.loading import find_drawing
+from kelix_rt.memory import (
+    CODEBOOKS,
+    ROTARY,
+    VISION,
+    codebook_bytes,
+    rotary_bytes,
+    weight_entries,
+    with_cache,
+)
+from kelix_rt.models.language_model import KelixLM
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
+from kelix_rt.weights import float_dtype
+from kelix_rt.workspace import language_workspaces, render_workspaces
+
+
+def engine_plan(
+    model: str | Path | KelixConfig,
+    options: EngineConfig | None = None,
+    *,
+    dit: str | Path | None = None,
+    vae: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    free_bytes: int | None = None,
+) -> MemoryPlan:
+    """What `Engine.from_pretrained` with these arguments takes, stage by stage.
+
+    model: a checkpoint directory, kelix-tiny, or a config alone, from which sizes are derived (with
+    a vision tokenizer, in bfloat16 unless dtype says otherwise). free_bytes: memory for everything;
+    None books a cache for max_batch requests of full length. Raises InputError for a path that is
+    no directory, ConfigError or WeightError for one that is no Kelix model, CapacityError when the
+    cache does not fit.
+    """
+    options = options or EngineConfig()
+    if isinstance(model, KelixConfig):
+        config, stored = model, dtype or torch.bfloat16
+        entries = config_entries(config, stored)
+        drawing = find_drawing(None, dit, vae)
+    else:
+        directory = _directory(model)
+        found = read_config(directory)
+        if not isinstance(found, KelixConfig):
+            raise ConfigError(
+                f"plan: {directory} must hold a Kelix language model, got a {type(found).__name__}"
+            )
+        config = found
+        stored = dtype or language_dtype(directory)
+        entries = weight_entries(directory, stored)
+        drawing = find_drawing(directory, dit, vae)
+    entries += language_workspaces(config, options, stored)
+    if drawing is not None:
+        entries += drawing_entries(*drawing, options, stored)
+    return with_cache(entries, config, options, stored, free_bytes)
+
+
+def drawing_entries(
+    dit: Path, vae: Path, options: EngineConfig, dtype: torch.dtype
+) -> list[MemoryEntry]:
+    """Weights and workspaces of the image DiT and its autoencoder. Raises ConfigError."""
+    config, autoencoder = read_config(dit), read_config(vae)
+    if not isinstance(config, SanaConfig) or not isinstance(autoencoder, dict):
+        raise ConfigError(f"plan: {dit} must hold a SanaConfig, and {vae} a diffusers autoencoder")
+    entries = [
+        MemoryEntry(name, entry.num_bytes, "render")
+        for name, path in (("image DiT", dit), ("autoencoder", vae))
+        for entry in weight_entries(path, dtype)
+    ]
+    return entries + render_workspaces(config, autoencoder, options, dtype)
+
+
+def config_entries(config: KelixConfig, dtype: torch.dtype) -> list[MemoryEntry]:
+    """Weights of a language model and its vision tokenizer that exist as a config only."""
+    with torch.device("meta"):
+        model, tokenizer = KelixLM(config), VisionTokenizer(config.tokenizer_config)
+    counts = {
+        "backbone": _count(model.backbone),
+        "embedding table": model.embeddings.numel(),
+        "output head": model.head.numel(),
+        "block decoder": _count(model.block_decoder),
+    }
+    entries = [MemoryEntry(k, n * dtype.itemsize, "generate") for k, n in counts.items()]
+    books = codebook_bytes(config.tokenizer_config, dtype)
+    return [
+        *entries,
+        MemoryEntry(ROTARY, rotary_bytes(config), "generate"),
+        MemoryEntry(VISION, _count(tokenizer) * dtype.itemsize, "encode"),
+        MemoryEntry(CODEBOOKS, books, "encode"),
+    ]
+
+
+def language_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the language model of a checkpoint is stored in."""
+    checkpoint = Checkpoint(directory)
+    own = [name for name in checkpoint.names() if name.startswith("model.")]
+    return float_dtype(checkpoint, own)
+
+
+def _directory(model: str | Path) -> Path:
+    directory = bundled(str(model)) or Path(model).expanduser()
+    if not directory.is_dir():
+        raise InputError(f"plan: {model} is not a directory; a hub id has to be downloaded first")
+    return directory
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

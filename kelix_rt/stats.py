@@ -1,0 +1,26 @@
+"""What an engine has done since it was made, as counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Counts of steps and blocks; `Engine.stats()` gives a copy.
+
+    encode_steps, block_steps, render_steps: steps of each kind. blocks: those generated. pictures:
+    drawings decoded, each in a step of its own.
+    drafts_accepted, drafts_rejected: blocks that were guessed ahead; an accepted one saved a step.
+    image_hits, image_misses: images whose codes were known, and those that had to be encoded.
+    """
+
+    encode_steps: int = 0
+    block_steps: int = 0
+    render_steps: int = 0
+    blocks: int = 0
+    pictures: int = 0
+    drafts_accepted: int = 0
+    drafts_rejected: int = 0
+    image_hits: int = 0
+    image_misses: int = 0

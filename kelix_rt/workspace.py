@@ -1,0 +1,78 @@
+"""What the stages need besides weights: buffers, and upper estimates of activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig
+from kelix_rt.ledger import MemoryEntry
+from kelix_rt.scheduler import MAX_RENDER_BATCH
+from kelix_rt.step_layout import block_rows, buffer_bytes
+
+ALIVE = 4  # activations of a step alive at once, in units of the widest one
+RENDER_STEPS = 50  # RenderParams' default
+
+
+def max_positions(config: KelixConfig, options: EngineConfig) -> int:
+    """Longest prompt plus answer: the option, at most the model's table of positions."""
+    limit = config.qwen_config.max_seq_len
+    return limit if options.max_model_len is None else min(limit, options.max_model_len)
+
+
+def language_workspaces(
+    config: KelixConfig, options: EngineConfig, dtype: torch.dtype
+) -> list[MemoryEntry]:
+    """Of block steps and of encoding an image."""
+    side = config.tokenizer_config.vision_config.image_size
+    pages = -(-max_positions(config, options) // options.page_size)
+    buffer = buffer_bytes(config.num_codes + 1, options.max_step_tokens, options.max_batch, pages)
+    encode = f"workspace of encoding {side} x {side} pixels"
+    return [
+        MemoryEntry("step buffers", buffer, "generate"),
+        MemoryEntry(encode, _encode_bytes(config, dtype), "encode", "transient"),
+        MemoryEntry(
+            "workspace of a step", _step_bytes(config, options, dtype), "generate", "transient"
+        ),
+    ]
+
+
+def render_workspaces(
+    dit: SanaConfig, vae: dict[str, Any], options: EngineConfig, dtype: torch.dtype
+) -> list[MemoryEntry]:
+    """Of the images that are drawn at once, at the model's own size."""
+    condition = 2 * dit.depth * options.max_condition_length * dit.hidden_size * dtype.itemsize
+    modulation = (6 * dit.depth + 2) * RENDER_STEPS * dit.hidden_size * dtype.itemsize
+    tokens = (dit.input_size // dit.patch_size) ** 2
+    widest = max(3 * dit.hidden_size, int(2 * dit.mlp_ratio * dit.hidden_size))
+    denoise = MAX_RENDER_BATCH * tokens * widest
+    decode = (dit.input_size * dit.vae_downsample_rate) ** 2 * _vae_width(vae)
+    both = ALIVE * max(denoise, decode) * dtype.itemsize
+    lines = (
+        (f"conditions of {MAX_RENDER_BATCH} drawings", MAX_RENDER_BATCH * condition),
+        (f"modulation of {RENDER_STEPS} steps", modulation),
+        ("workspace of denoising and decoding", both),
+    )
+    return [MemoryEntry(name, size, "render", "transient") for name, size in lines]
+
+
+def _step_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) -> int:
+    qwen = config.qwen_config
+    rows = max(options.max_step_tokens, options.max_batch)
+    heads = (qwen.num_heads + 2 * qwen.num_kv_heads) * qwen.head_dim
+    widest = max(2 * qwen.intermediate_dim, heads, qwen.embed_dim)
+    logits = block_rows(options.max_batch) * (qwen.vocab_size + qwen.codebook_size)
+    return ALIVE * rows * widest * dtype.itemsize + logits * torch.float32.itemsize
+
+
+def _encode_bytes(config: KelixConfig, dtype: torch.dtype) -> int:
+    vision = config.tokenizer_config.vision_config
+    widest = max(3 * vision.hidden_size, vision.intermediate_size)
+    return ALIVE * vision.grid**2 * widest * dtype.itemsize
+
+
+def _vae_width(vae: dict[str, Any]) -> int:
+    """Channels of the autoencoder's decoder at full size."""
+    channels: int = vae["decoder_block_out_channels"][0]
+    return channels
