@@ -130,11 +130,29 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
+// Two elements of 16 bits in one access, aligned to 4 bytes.
+template <class T>
+__device__ __forceinline__ uint32_t load_4_bytes(const T* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_4_bytes(T* to, uint32_t pair) {
+  *reinterpret_cast<uint32_t*>(to) = pair;
+}
+
 // 16 bytes in one load; `from` must be aligned to them.
 template <class T>
 __device__ __forceinline__ void load_16_bytes(const T* from, T (&to)[16 / sizeof(T)]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
   memcpy(to, &raw, sizeof(raw));  // a store through a cast pointer would break aliasing rules
+}
+
+// 16 bytes in one store; `to` must be aligned to them.
+template <class T>
+__device__ __forceinline__ void store_16_bytes(T* to, const T (&from)[16 / sizeof(T)]) {
+  uint4 raw;
+  memcpy(&raw, from, sizeof(raw));
+  *reinterpret_cast<uint4*>(to) = raw;
 }
 
 // Calls f(T{}) with the storage type of `dtype`.

@@ -1,12 +1,35 @@
 #include "simt/tensor_core.h"
 
+#include "simt/numbers.h"
 #include "simt/state.h"
 
 namespace simt {
 namespace {
 
-float half_of(uint32_t pair, int index) {
-  return std::bit_cast<float>((index != 0 ? pair >> 16 : pair & 0xffffu) << 16);
+float bf16_of(uint16_t bits) { return __bfloat162float({bits}); }
+float f16_of(uint16_t bits) { return __half2float({bits}); }
+
+// Element `index` of a pair.
+template <float (*kWiden)(uint16_t)>
+float element(uint32_t pair, int index) {
+  return kWiden(static_cast<uint16_t>(index != 0 ? pair >> 16 : pair & 0xffffu));
+}
+
+template <float (*kWiden)(uint16_t)>
+void multiply(float (&d)[4], const Exchange& operands) {
+  const int lane = current->lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8;
+    const int column = lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int owner = k % 8 / 2;  // of element k in its row of A or column of B
+      const auto a = operands.asked<MmaOperands>(row % 8 * 4 + owner);
+      const auto b = operands.asked<MmaOperands>(column * 4 + owner);
+      sum += element<kWiden>(a.a[row / 8 + k / 8 * 2], k % 2) * element<kWiden>(b.b[k / 8], k % 2);
+    }
+    d[i] += sum;
+  }
 }
 
 }  // namespace
@@ -33,20 +56,7 @@ void load_matrices(uint32_t (&registers)[4], const Exchange& rows, bool transpos
   }
 }
 
-void multiply_bf16(float (&d)[4], const Exchange& operands) {
-  const int lane = current->lane();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8;
-    const int column = lane % 4 * 2 + i % 2;
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const int owner = k % 8 / 2;  // of element k in its row of A or column of B
-      const auto a = operands.asked<MmaOperands>(row % 8 * 4 + owner);
-      const auto b = operands.asked<MmaOperands>(column * 4 + owner);
-      sum += half_of(a.a[row / 8 + k / 8 * 2], k % 2) * half_of(b.b[k / 8], k % 2);
-    }
-    d[i] += sum;
-  }
-}
+void multiply_bf16(float (&d)[4], const Exchange& operands) { multiply<bf16_of>(d, operands); }
+void multiply_f16(float (&d)[4], const Exchange& operands) { multiply<f16_of>(d, operands); }
 
 }  // namespace simt

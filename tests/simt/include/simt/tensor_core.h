@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "simt/numbers.h"
 #include "simt/sync.h"
 
 namespace simt {
@@ -18,8 +19,9 @@ struct MmaOperands {
   uint32_t b[2];
 };
 
-// d += A B, A 16 x 16 by rows, B 16 x 8 by columns, bf16 in, fp32 sums.
+// d += A B, A 16 x 16 by rows, B 16 x 8 by columns, bf16 or fp16 in, fp32 sums.
 void multiply_bf16(float (&d)[4], const Exchange& operands);
+void multiply_f16(float (&d)[4], const Exchange& operands);
 
 void check_row_address(const void* row);
 
@@ -45,6 +47,20 @@ __attribute__((always_inline)) inline void mma_bf16(float (&d)[4], const uint32_
                                                     uint32_t b0, uint32_t b1) {
   const simt::MmaOperands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   simt::multiply_bf16(d, simt::exchange("mma", 0xffffffffu, mine));
+}
+
+__attribute__((always_inline)) inline void mma_f16(float (&d)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
+  const simt::MmaOperands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  simt::multiply_f16(d, simt::exchange("mma", 0xffffffffu, mine));
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits)
+                                             << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
 }
 
 }  // namespace kelix
