@@ -40,10 +40,21 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+// 2^x; results below 2^-126 are zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace kelix
 #endif
 
 namespace kelix {
+
+#ifdef KELIX_SIMT
+inline float exp2_fast(float x) { return std::exp2(x); }
+#endif
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;

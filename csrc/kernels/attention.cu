@@ -45,7 +45,7 @@ void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.plan.unit_is_request) {
     const dim3 grid(static_cast<unsigned>(prefill_tiles(args)),
                     static_cast<unsigned>(args.num_kv_heads));
-    launch_kernel(paged_attention_prefill_kernel<T, kDim>, grid, kAttentionThreads,
+    launch_kernel(paged_attention_prefill_kernel<T, kDim>, grid, kPrefillThreads,
                   kPrefillShared<T, kDim>, stream, args);
   }
 }

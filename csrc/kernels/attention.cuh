@@ -42,7 +42,7 @@ struct Unit {
   bool present;
   int64_t request;
   int64_t row;
-  int64_t visible;  // keys that it sees; none if not positive
+  int visible;  // keys that it sees; none if not positive
 };
 
 __device__ __forceinline__ Unit unit_of(const PagedAttentionArgs& args, int64_t index) {
@@ -53,7 +53,8 @@ __device__ __forceinline__ Unit unit_of(const PagedAttentionArgs& args, int64_t 
   const int64_t row = is_request ? start : index;
   // Rows outside every request have no CTA, nor do requests of several rows that the prefill takes.
   const bool present = is_request ? num_rows == 1 : row >= start && row < start + num_rows;
-  return {present, request, row, args.context_lens[request] - num_rows + row - start + 1};
+  const int64_t visible = args.context_lens[request] - num_rows + row - start + 1;
+  return {present, request, row, static_cast<int>(visible)};
 }
 
 // The keys of one split.

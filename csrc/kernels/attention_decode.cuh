@@ -8,7 +8,7 @@ namespace kelix::cuda {
 inline constexpr int kDecodeStages = 3;
 
 template <class T, int kDim>
-using DecodeStream = KeyStream<T, kDim, kDecodeStages>;
+using DecodeStream = KeyStream<T, kDim, kDecodeStages, kAttentionThreads>;
 
 template <class T, int kDim>
 inline constexpr int kDecodeShared = kDecodeStages * DecodeStream<T, kDim>::kStageSize * sizeof(T);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int page = stream.page_of(step + kDecodeStages);
     queries.attend(stream.keys(step) + own * Stream::kStride,
                    stream.values(step) + own * Stream::kStride, Stream::kStride,
-                   range.begin + step * kKeyTile + own);
+                   static_cast<int>(range.begin) + step * kKeyTile + own);
     stream.place(step + kDecodeStages, page);
   }
   queries.finish();

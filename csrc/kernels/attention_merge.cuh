@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const Unit unit = unit_of(args, blockIdx.x);
   if (!unit.present) return;
   const int64_t head = blockIdx.y;
-  const int64_t visible = max(unit.visible, int64_t{0});
+  const int64_t visible = max(unit.visible, 0);
   const int64_t used = ceil_div(visible, keys_per_split(visible, args.plan.splits));
   float max = -INFINITY;
   for (int64_t split = 0; split < used; ++split) {

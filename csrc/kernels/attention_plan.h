@@ -13,7 +13,7 @@ inline constexpr int kKeyTile = 64;            // keys of a pipeline stage
 inline constexpr int kMaxTileDim = 128;        // largest head_dim on tensor cores
 inline constexpr int kLaneHeads = 4;           // query heads of a CTA without them
 inline constexpr int kTileHeads = 16;          // and with them: the rows of an mma
-inline constexpr int kPrefillQueries = 64;     // query rows x heads of a CTA of the prefill form
+inline constexpr int kPrefillQueries = 128;    // query rows x heads of a CTA of the prefill form
 inline constexpr int64_t kMinSplitKeys = 128;  // fewer would not pay for the merge
 inline constexpr int64_t kMaxSplits = 64;
 // Four rounds of two CTAs per multiprocessor of an H100: the last round's gaps stay small.

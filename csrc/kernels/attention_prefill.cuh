@@ -1,4 +1,4 @@
-// The prefill form: a CTA per (tile of 64 queries of a request, KV head). Takes the requests with
+// The prefill form: a CTA per (tile of 128 queries of a request, KV head). Takes the requests with
 // several rows; those with one row are left to the decode form where that runs too.
 #pragma once
 
@@ -7,9 +7,11 @@
 namespace kelix::cuda {
 
 inline constexpr int kPrefillStages = 2;
+// Eight warps to a stage: with four, the second-level cache would have to deliver twice as much.
+inline constexpr int kPrefillThreads = kPrefillQueries / kTileHeads * kWarpSize;
 
 template <class T, int kDim>
-using PrefillStream = KeyStream<T, kDim, kPrefillStages>;
+using PrefillStream = KeyStream<T, kDim, kPrefillStages, kPrefillThreads>;
 
 template <class T, int kDim>
 inline constexpr int kPrefillShared =
@@ -41,7 +43,7 @@ __device__ __forceinline__ int64_t request_of_tile(const PagedAttentionArgs& arg
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kPrefillThreads)
     paged_attention_prefill_kernel(PagedAttentionArgs args) {
   using Stream = PrefillStream<T, kDim>;
   KELIX_DYNAMIC_SHARED(T, shared);
@@ -62,8 +64,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
                        group,
                        static_cast<int>(begin),
                        static_cast<int>(min(begin + kPrefillQueries, all)),
-                       args.context_lens[request] - num_rows + 1};
-  const KeyRange range{0, max(tile.visible(tile.end - 1), int64_t{0})};
+                       static_cast<int>(args.context_lens[request] - num_rows + 1)};
+  const KeyRange range{0, max(tile.visible(tile.end - 1), 0)};
 
   Stream stream(args, request, tile.kv_head, range, shared, offsets);
   stream.start();
@@ -72,8 +74,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int step = 0; step < stream.steps(); ++step) {
     stream.advance(step);
     const int page = stream.page_of(step + kPrefillStages);
-    queries.attend(stream.keys(step), stream.values(step), Stream::kStride,
-                   static_cast<int64_t>(step) * kKeyTile);
+    queries.attend(stream.keys(step), stream.values(step), Stream::kStride, step * kKeyTile);
     stream.place(step + kPrefillStages, page);
   }
   queries.finish();

@@ -7,8 +7,9 @@
 
 namespace kelix::cuda {
 
-// kDim: elements of a row in shared memory, head_dim and zeros up to a multiple of 16.
-template <class T, int kDim, int kStages>
+// kDim: elements of a row in shared memory, head_dim and zeros up to a multiple of 16. kThreads: of
+// the CTA.
+template <class T, int kDim, int kStages, int kThreads>
 class KeyStream {
  public:
   // An odd number of 16-byte chunks: eight neighbouring rows start in different banks.
@@ -73,7 +74,7 @@ class KeyStream {
     if (step < steps_) {
       T* to = shared_ + step % kStages * kStageSize;
 #pragma unroll
-      for (int i = threadIdx.x; i < kKeyTile * kRowChunks; i += kAttentionThreads) {
+      for (int i = threadIdx.x; i < kKeyTile * kRowChunks; i += kThreads) {
         const int key = i / kRowChunks;
         const int element = i % kRowChunks * kChunk;
         const int64_t offset = offsets_[step % kStages][key];

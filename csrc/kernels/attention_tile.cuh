@@ -16,9 +16,9 @@ struct QueryTile {
   int group;
   int begin;
   int end;
-  int64_t first_visible;  // keys that queries 0 .. group see; a row further on sees one more
+  int first_visible;  // keys that queries 0 .. group see; a row further on sees one more
 
-  __device__ int64_t visible(int query) const { return first_visible + query / group; }
+  __device__ int visible(int query) const { return first_visible + query / group; }
   __device__ int64_t offset(const PagedAttentionArgs& args, int query) const {
     const int64_t row = first_row + query / group;
     return (row * args.num_heads + kv_head * group + query % group) * args.head_dim;
@@ -56,8 +56,7 @@ class QueryWarp {
   }
 
   // Takes in kKeys keys and values (rows of `stride` elements), the first being number `token`.
-  __device__ __forceinline__ void attend(const T* keys, const T* values, int stride,
-                                         int64_t token) {
+  __device__ __forceinline__ void attend(const T* keys, const T* values, int stride, int token) {
     float scores[kKeys / 8][4] = {};
     score(keys, stride, scores);
     weigh(token, scores);
@@ -98,24 +97,36 @@ class QueryWarp {
     }
   }
 
+  // Leaves query i the first `seen` keys. Only the last stages of a context have any to hide.
+  __device__ __forceinline__ static void hide(int i, int seen, float (&scores)[kKeys / 8][4]) {
+    if (seen >= kKeys) return;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (n * 8 + e >= seen) scores[n][2 * i + e] = -INFINITY;
+      }
+    }
+  }
+
   // Scores become weights; earlier sums are brought to the new largest score.
-  __device__ __forceinline__ void weigh(int64_t token, float (&scores)[kKeys / 8][4]) {
+  __device__ __forceinline__ void weigh(int token, float (&scores)[kKeys / 8][4]) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t seen = visible_[i] - token - column();
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        scores[n][2 * i] *= scale_;
+        scores[n][2 * i + 1] *= scale_;
+      }
+      hide(i, visible_[i] - token - column(), scores);
       float max = max_[i];
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = scores[n][2 * i + e];
-          score = n * 8 + e < seen ? score * scale_ : -INFINITY;
-          max = fmaxf(max, score);
-        }
+        max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
       }
       max = quad(max, [](float a, float b) { return fmaxf(a, b); });
       const float base = max == -INFINITY ? 0.0f : max;  // no key seen yet: all weights are zero
-      const float shrink = exp2f(max_[i] - base);
+      const float shrink = exp2_fast(max_[i] - base);
       max_[i] = max;
       norm_[i] *= shrink;
 #pragma unroll
@@ -123,7 +134,7 @@ class QueryWarp {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& weight = scores[n][2 * i + e];
-          weight = exp2f(weight - base);
+          weight = exp2_fast(weight - base);
           norm_[i] += weight;
         }
       }
@@ -156,7 +167,7 @@ class QueryWarp {
   }
 
   float scale_;
-  int64_t visible_[kRows];
+  int visible_[kRows];
   uint32_t queries_[kDim / 16][4];
   float max_[kRows] = {-INFINITY, -INFINITY};
   float norm_[kRows] = {};

@@ -134,7 +134,7 @@ LENGTHS = [
     [(100, 1), (40, 13), (0, 0), (1, 1)],  # mixed, with an idle request
     [(40, 3), (0, 0), (7, 1), (0, 0)],  # no more rows than requests, but not one each
 ]
-# Contexts that a GPU splits among CTAs: one more than a split holds, exactly as many, none at all.
+# Contexts that a GPU splits: one key more than a split holds, exactly as many, none at all.
 LONG = [(700, 1), (129, 1), (0, 1), (384, 1), (1, 1)]
 LONG_MIXED = [(290, 70), (513, 1), (33, 9), (0, 1), (200, 17)]
 
@@ -173,9 +173,8 @@ def test_long_contexts_of_prompts_and_replies(dtype: torch.dtype, device: str) -
 
 
 def check_attention(arguments: dict[str, Any], rows: slice = slice(None)) -> None:
-    exact = ops.paged_attention_ref(
-        **{k: v.double() if k in ("q", "k_cache", "v_cache") else v for k, v in arguments.items()}
-    )
+    wide = {name: arguments[name].double() for name in ("q", "k_cache", "v_cache")}
+    exact = ops.paged_attention_ref(**{**arguments, **wide})
     plain = plain_attention_in_dtype(**arguments)
     got = ops.paged_attention(**arguments)
     assert_as_accurate_as_torch(got[rows], plain[rows], exact[rows])
@@ -218,6 +217,14 @@ def test_rows_without_keys_are_zero(device: str) -> None:
     assert torch.equal(got[1], torch.zeros_like(got[1]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scores_of_any_sign(scale: float, device: str) -> None:
+    for lengths in ([(70, 1)], [(70, 5)]):
+        arguments = attention_arguments(SHAPES[0], lengths, torch.bfloat16, device)
+        check_attention({**arguments, "scale": scale})
+
+
 def test_large_scores_do_not_overflow() -> None:
     arguments = attention_arguments(SHAPES[0], [(90, 3)], torch.float32, "cpu")
     arguments["scale"] = 1e4
@@ -242,7 +249,6 @@ def test_other_pages_do_not_matter(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_outside_every_request(device: str) -> None:
-    """They are left out, whether before, behind or between the requests' rows."""
     arguments = attention_arguments(SHAPES[0], [(30, 4)], torch.bfloat16, device)
     for begin, end in ((0, 1), (3, 4), (1, 3)):
         arguments["query_start"] = torch.tensor([begin, end], dtype=torch.int32, device=device)
