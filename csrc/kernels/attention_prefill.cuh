@@ -42,8 +42,9 @@ __device__ __forceinline__ int64_t request_of_tile(const PagedAttentionArgs& arg
   return low;
 }
 
+// One CTA per multiprocessor is promised: for two the compiler would spill.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kPrefillThreads)
+__global__ void __launch_bounds__(kPrefillThreads, 1)
     paged_attention_prefill_kernel(PagedAttentionArgs args) {
   using Stream = PrefillStream<T, kDim>;
   KELIX_DYNAMIC_SHARED(T, shared);
