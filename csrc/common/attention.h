@@ -29,6 +29,17 @@ struct RopeStoreKvArgs {
   DType dtype;
 };
 
+// How a CUDA call of paged_attention spreads over CTAs; kernels/attention_plan.h makes it.
+struct AttentionPlan {
+  bool wide = false;   // rows can be loaded 16 bytes at a time
+  bool tiles = false;  // on tensor cores
+  // Units are the query rows that CTAs of their own work on, `splits` CTAs sharing the context of
+  // each: every row of the call, or the requests that have exactly one.
+  int64_t units = 0;
+  int64_t splits = 1;
+  bool unit_is_request = false;
+};
+
 struct PagedAttentionArgs {
   const void* q;  // [num_rows, num_heads, head_dim]
   const void* k_cache;
@@ -46,6 +57,8 @@ struct PagedAttentionArgs {
   int64_t page_size;
   float scale;
   DType dtype;
+  AttentionPlan plan = {};    // CUDA only
+  float* partials = nullptr;  // CUDA only: partial_floats(args), where the plan splits
 };
 
 }  // namespace kelix

@@ -62,10 +62,21 @@ inline int compute_capability() {
          device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+// 2^x; results below 2^-126 are zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace kelix
 #endif
 
 namespace kelix {
+
+#ifdef KELIX_SIMT
+inline float exp2_fast(float x) { return std::exp2(x); }
+#endif
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
@@ -156,6 +167,16 @@ __device__ __forceinline__ void atomic_min(uint64_t* address, uint64_t value) {
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+
+// Two elements of 16 bits in one access, aligned to 4 bytes.
+template <class T>
+__device__ __forceinline__ uint32_t load_4_bytes(const T* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_4_bytes(T* to, uint32_t pair) {
+  *reinterpret_cast<uint32_t*>(to) = pair;
+}
 
 // 16 bytes in one load; `from` must be aligned to them.
 template <class T>

@@ -48,6 +48,19 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two floats rounded to a register of two elements, `low` first in memory.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace kelix
 #endif
 
@@ -62,6 +75,17 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     mma_bf16(d, a, b0, b1);
   } else {
     mma_f16(d, a, b0, b1);
+  }
+}
+
+// pack_bf16 or pack_f16.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (std::is_same_v<T, bf16>) {
+    return pack_bf16(low, high);
+  } else {
+    return pack_f16(low, high);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/attention_plan.h"
 #include "ops/launch.h"
 
 namespace kelix {
@@ -164,23 +165,30 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   const Tensor lens = dense(context_lens);
   const Tensor starts = dense(query_start);
   Tensor out = new_like(queries);
-  const PagedAttentionArgs args{data(queries),
-                                data(k_cache),
-                                data(v_cache),
-                                table.const_data_ptr<int32_t>(),
-                                lens.const_data_ptr<int32_t>(),
-                                starts.const_data_ptr<int32_t>(),
-                                out.mutable_data_ptr(),
-                                check["T"],
-                                check["B"],
-                                check["max_pages"],
-                                check["H"],
-                                check["KV"],
-                                check["hd"],
-                                check["page"],
-                                static_cast<float>(scale),
-                                check.storage_type()};
+  PagedAttentionArgs args{data(queries),
+                          data(k_cache),
+                          data(v_cache),
+                          table.const_data_ptr<int32_t>(),
+                          lens.const_data_ptr<int32_t>(),
+                          starts.const_data_ptr<int32_t>(),
+                          out.mutable_data_ptr(),
+                          check["T"],
+                          check["B"],
+                          check["max_pages"],
+                          check["H"],
+                          check["KV"],
+                          check["hd"],
+                          check["page"],
+                          static_cast<float>(scale),
+                          check.storage_type()};
   if (uses_cuda(queries)) {
+    args.plan = cuda::attention_plan(args);
+    std::optional<Tensor>
+        partials;  // memory of the stream: it may be reused once this call is queued
+    if (args.plan.splits > 1) {
+      partials = new_tensor({cuda::partial_floats(args)}, ScalarType::Float, queries);
+      args.partials = static_cast<float*>(partials->mutable_data_ptr());
+    }
     KELIX_LAUNCH_CUDA("paged_attention", queries, paged_attention, args);
   } else {
     const auto kernel = KELIX_CPU(paged_attention_tile);

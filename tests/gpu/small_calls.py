@@ -22,7 +22,7 @@ def norms(device: str) -> None:
 
 
 def attention(device: str) -> None:
-    """attention stem: a decoding request, a prefill chunk and an idle request."""
+    """attention stem: a decoding request, a prefill chunk and an idle request; split contexts."""
     cache = randn(9, 2, 4, 24, device=device), randn(9, 2, 4, 24, device=device, seed=1)
     tokens = 6
     q = ops.rope_store_kv(
@@ -39,6 +39,14 @@ def attention(device: str) -> None:
     lengths = torch.tensor([10, 7, 0], dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1, 6, 6], dtype=torch.int32, device=device)
     ops.paged_attention(q, *cache, pages, lengths, starts, 0.2)
+    long_cache = randn(40, 2, 16, 72, device=device), randn(40, 2, 16, 72, device=device, seed=1)
+    pages = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
+    lengths = torch.tensor([311, 77], dtype=torch.int32, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in ([0, 1, 2], [0, 1, 9]):  # decoding alone, and beside a prefill chunk
+            starts = torch.tensor(rows, dtype=torch.int32, device=device)
+            q = randn(rows[-1], 10, 72, device=device, dtype=dtype)
+            ops.paged_attention(q, *(c.to(dtype) for c in long_cache), pages, lengths, starts, 0.2)
 
 
 def codes(device: str) -> None:

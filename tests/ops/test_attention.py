@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ class Shape:
     page: int
 
 
+# On a GPU: float32 and large or odd head_dim take one kernel, bf16 and fp16 those on tensor cores.
 SHAPES = [
     Shape(4, 2, 16, 16),
     Shape(4, 1, 24, 4),
@@ -31,6 +33,12 @@ SHAPES = [
     Shape(40, 1, 64, 64),
     Shape(3, 3, 256, 32),
     Shape(7, 7, 2, 1),
+]
+GROUPS = [
+    Shape(2 * group, 2, head_dim, page)
+    for (group, head_dim), page in zip(
+        product((1, 4, 5, 8), (64, 72, 128)), cycle((16, 32, 64, 32)), strict=False
+    )
 ]
 
 
@@ -116,7 +124,11 @@ LENGTHS = [
     [(5, 1), (64, 1), (65, 1), (130, 1)],  # decoding
     [(7, 7), (33, 9), (70, 70)],  # prefill, whole and chunked
     [(100, 1), (40, 13), (0, 0), (1, 1)],  # mixed, with an idle request
+    [(40, 3), (0, 0), (7, 1), (0, 0)],  # no more rows than requests, but not one each
 ]
+# Contexts that a GPU splits: one key more than a split holds, exactly as many, none at all.
+LONG = [(700, 1), (129, 1), (0, 1), (384, 1), (1, 1)]
+LONG_MIXED = [(290, 70), (513, 1), (33, 9), (0, 1), (200, 17)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,13 +138,37 @@ LENGTHS = [
 def test_paged_attention(
     shape: Shape, lengths: list[tuple[int, int]], dtype: torch.dtype, device: str
 ) -> None:
-    arguments = attention_arguments(shape, lengths, dtype, device)
-    got = ops.paged_attention(**arguments)
-    exact = ops.paged_attention_ref(
-        **{k: v.double() if k in ("q", "k_cache", "v_cache") else v for k, v in arguments.items()}
-    )
+    check_attention(attention_arguments(shape, lengths, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", GROUPS)
+def test_head_groups(shape: Shape, device: str) -> None:
+    for lengths, dtype in product((LENGTHS[1], LENGTHS[3]), (torch.bfloat16, torch.float16)):
+        check_attention(attention_arguments(shape, lengths, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts(dtype: torch.dtype, device: str) -> None:
+    """However a context is split, the result is right, and the same every time."""
+    arguments = attention_arguments(Shape(8, 2, 64, 16), LONG, dtype, device)
+    check_attention(arguments)
+    assert torch.equal(ops.paged_attention(**arguments), ops.paged_attention(**arguments))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_contexts_of_prompts_and_replies(dtype: torch.dtype, device: str) -> None:
+    check_attention(attention_arguments(Shape(8, 2, 72, 32), LONG_MIXED, dtype, device))
+
+
+def check_attention(arguments: dict[str, Any], rows: slice = slice(None)) -> None:
+    wide = {name: arguments[name].double() for name in ("q", "k_cache", "v_cache")}
+    exact = ops.paged_attention_ref(**{**arguments, **wide})
     plain = plain_attention_in_dtype(**arguments)
-    assert_as_accurate_as_torch(got, plain, exact)
+    got = ops.paged_attention(**arguments)
+    assert_as_accurate_as_torch(got[rows], plain[rows], exact[rows])
 
 
 def plain_attention_in_dtype(
@@ -149,7 +185,7 @@ def plain_attention_in_dtype(
     group = q.shape[1] // k_cache.shape[1]
     for request, context in enumerate(context_lens.tolist()):
         begin, end = query_start[request].item(), query_start[request + 1].item()
-        if begin == end:
+        if begin == end or context == 0:
             continue
         pages = page_table[request, : -(-context // k_cache.shape[2])].long()
         k, v = (
@@ -172,6 +208,14 @@ def test_rows_without_keys_are_zero(device: str) -> None:
     assert torch.equal(got[1], torch.zeros_like(got[1]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scores_of_any_sign(scale: float, device: str) -> None:
+    for lengths in ([(70, 1)], [(70, 5)]):
+        arguments = attention_arguments(SHAPES[0], lengths, torch.bfloat16, device)
+        check_attention({**arguments, "scale": scale})
+
+
 def test_large_scores_do_not_overflow() -> None:
     arguments = attention_arguments(SHAPES[0], [(90, 3)], torch.float32, "cpu")
     arguments["scale"] = 1e4
@@ -179,17 +223,46 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(got, ops.paged_attention_ref(**arguments), atol=1e-5, rtol=1e-5)
 
 
-def test_other_pages_do_not_matter() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_pages_do_not_matter(dtype: torch.dtype) -> None:
     """NaN in pages of others, and behind the context in the own last page, is never read."""
-    arguments = attention_arguments(Shape(4, 2, 16, 16), [(21, 2)], torch.float32, "cpu")
-    clean = ops.paged_attention(**arguments)
-    mine = arguments["page_table"][0, :2].long()
-    for name in ("k_cache", "v_cache"):
-        poisoned = torch.full_like(arguments[name], torch.nan)
-        poisoned[mine] = arguments[name][mine]
-        poisoned[mine[1], :, 5:] = torch.nan
-        arguments[name] = poisoned
-    assert torch.equal(ops.paged_attention(**arguments), clean)
+    for rows in (1, 2):
+        arguments = attention_arguments(Shape(4, 2, 16, 16), [(21, rows)], dtype, "cpu")
+        clean = ops.paged_attention(**arguments)
+        mine = arguments["page_table"][0, :2].long()
+        for name in ("k_cache", "v_cache"):
+            poisoned = torch.full_like(arguments[name], torch.nan)
+            poisoned[mine] = arguments[name][mine]
+            poisoned[mine[1], :, 5:] = torch.nan
+            arguments[name] = poisoned
+        assert torch.equal(ops.paged_attention(**arguments), clean)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_outside_every_request(device: str) -> None:
+    arguments = attention_arguments(SHAPES[0], [(30, 4)], torch.bfloat16, device)
+    for begin, end in ((0, 1), (3, 4), (1, 3)):
+        arguments["query_start"] = torch.tensor([begin, end], dtype=torch.int32, device=device)
+        check_attention(arguments, slice(begin, end))
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """A contiguous copy that starts one element behind an allocation."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
+    """What cannot be loaded in wide pieces is as right."""
+    arguments = attention_arguments(SHAPES[0], LENGTHS[1], dtype, device)
+    for name in ("q", "k_cache", "v_cache"):
+        check_attention({**arguments, name: unaligned(arguments[name])})
+    rope = rope_arguments(SHAPES[0], dtype, device, norm=True)
+    want = ops.rope_store_kv_ref(**copied(rope))
+    for name in ("qkv", "k_weight", "cos_sin", "v_cache"):
+        rope[name] = unaligned(rope[name])
+        assert rounding_steps(ops.rope_store_kv(**rope), want) <= 4
 
 
 def test_errors_name_the_rule() -> None:

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "simt/numbers.h"
 #include "simt/sync.h"
 
 namespace simt {
@@ -52,6 +53,14 @@ __attribute__((always_inline)) inline void mma_f16(float (&d)[4], const uint32_t
                                                    uint32_t b0, uint32_t b1) {
   const simt::MmaOperands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   simt::multiply_f16(d, simt::exchange("mma", 0xffffffffu, mine));
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits)
+                                             << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
 }
 
 }  // namespace kelix

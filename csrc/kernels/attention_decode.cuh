@@ -1,0 +1,74 @@
+// The decode form: a CTA per (unit, up to 16 query heads of a KV head, split of the context).
+#pragma once
+
+#include "kernels/attention_tile.cuh"
+
+namespace kelix::cuda {
+
+inline constexpr int kDecodeStages = 3;
+
+template <class T, int kDim>
+using DecodeStream = KeyStream<T, kDim, kDecodeStages, kAttentionThreads>;
+
+template <class T, int kDim>
+inline constexpr int kDecodeShared = kDecodeStages * DecodeStream<T, kDim>::kStageSize * sizeof(T);
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads)
+    paged_attention_decode_kernel(PagedAttentionArgs args) {
+  constexpr int kWarpKeys = kKeyTile / kAttentionWarps;
+  using Stream = DecodeStream<T, kDim>;
+  KELIX_DYNAMIC_SHARED(T, shared);
+  KELIX_SHARED(int64_t, offsets, [kDecodeStages][kKeyTile]);
+
+  const Unit unit = unit_of(args, blockIdx.x);
+  if (!unit.present) return;
+  const KeyRange range = split_range(args, unit.visible, blockIdx.z);
+  // The merge knows which splits are empty; only a row that is not split has to be cleared.
+  if (range.begin >= range.end && args.plan.splits > 1) return;
+  const int group = static_cast<int>(args.num_heads / args.num_kv_heads);
+  const int tiles = (group + kTileHeads - 1) / kTileHeads;
+  const int begin = static_cast<int>(blockIdx.y % tiles) * kTileHeads;
+  const QueryTile tile{
+      unit.row, blockIdx.y / tiles, group, begin, min(begin + kTileHeads, group), unit.visible};
+
+  Stream stream(args, unit.request, tile.kv_head, range, shared, offsets);
+  stream.start();
+  QueryWarp<T, kDim, kWarpKeys> queries(args, tile, begin);
+  const int warp = threadIdx.x / kWarpSize;
+  const int own = warp * kWarpKeys;  // this warp's keys of a stage
+  for (int step = 0; step < stream.steps(); ++step) {
+    stream.advance(step);
+    const int page = stream.page_of(step + kDecodeStages);
+    queries.attend(stream.keys(step) + own * Stream::kStride,
+                   stream.values(step) + own * Stream::kStride, Stream::kStride,
+                   static_cast<int>(range.begin) + step * kKeyTile + own);
+    stream.place(step + kDecodeStages, page);
+  }
+  queries.finish();
+
+  KELIX_SHARED(float, warp_max, [kAttentionWarps][kTileHeads]);
+  KELIX_SHARED(float, warp_norm, [kAttentionWarps][kTileHeads]);
+  static_assert(kAttentionWarps * kTileHeads * kDim * sizeof(float) <= kDecodeShared<T, kDim>);
+  float* sums = reinterpret_cast<float*>(shared);
+  __syncthreads();  // the stages are read, and no copy is under way: the sums may lie there
+#pragma unroll
+  for (int i = 0; i < queries.kRows; ++i) {
+    const int query = queries.row() + i * queries.kRowStep;
+    if (queries.column() == 0) {
+      warp_max[warp][query] = queries.max(i);
+      warp_norm[warp][query] = queries.norm(i);
+    }
+    float* sum = sums + (warp * kTileHeads + query) * kDim + queries.column();
+#pragma unroll
+    for (int part = 0; part < kDim / 8; ++part) {
+      sum[part * 8] = queries.sum(part, i, 0);
+      sum[part * 8 + 1] = queries.sum(part, i, 1);
+    }
+  }
+  __syncthreads();
+  store_joined<T>(args, unit, tile.kv_head * group + begin, tile.end - begin,
+                  {&warp_max[0][0], &warp_norm[0][0], sums, kTileHeads, kDim});
+}
+
+}  // namespace kelix::cuda

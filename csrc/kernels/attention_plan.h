@@ -1,0 +1,65 @@
+// How a call of paged_attention spreads over CTAs. Decided from shapes alone: the lengths live on
+// the device, and a call that never asks for them can be captured in a CUDA graph.
+#pragma once
+
+#include <algorithm>
+
+#include "common/attention.h"
+#include "common/host_device.h"
+
+namespace kelix::cuda {
+
+inline constexpr int kKeyTile = 64;            // keys of a pipeline stage
+inline constexpr int kMaxTileDim = 128;        // largest head_dim on tensor cores
+inline constexpr int kLaneHeads = 4;           // query heads of a CTA without them
+inline constexpr int kTileHeads = 16;          // and with them: the rows of an mma
+inline constexpr int kPrefillQueries = 128;    // query rows x heads of a CTA of the prefill form
+inline constexpr int64_t kMinSplitKeys = 128;  // fewer would not pay for the merge
+inline constexpr int64_t kMaxSplits = 64;
+// Four rounds of two CTAs per multiprocessor of an H100: the last round's gaps stay small.
+inline constexpr int64_t kWantedCtas = 4 * 2 * 132;
+
+KELIX_HOST_DEVICE constexpr int64_t ceil_div(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+// Keys per CTA of a row that sees `visible` keys. A short context uses fewer splits than planned.
+KELIX_HOST_DEVICE constexpr int64_t keys_per_split(int64_t visible, int64_t splits) {
+  const int64_t keys = ceil_div(ceil_div(visible, splits), kKeyTile) * kKeyTile;
+  return keys < kMinSplitKeys ? kMinSplitKeys : keys;
+}
+
+// CTAs per KV head that share a unit's query heads.
+inline int64_t head_tiles(const PagedAttentionArgs& args) {
+  return ceil_div(args.num_heads / args.num_kv_heads, args.plan.tiles ? kTileHeads : kLaneHeads);
+}
+
+inline bool loads_16_bytes(const PagedAttentionArgs& args) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return args.head_dim * element_size(args.dtype) % 16 == 0 && aligned(args.q) &&
+         aligned(args.k_cache) && aligned(args.v_cache);
+}
+
+inline AttentionPlan attention_plan(PagedAttentionArgs args) {
+  AttentionPlan& plan = args.plan;
+  plan.wide = loads_16_bytes(args);
+  plan.tiles = plan.wide && args.dtype != DType::kFloat32 && args.head_dim <= kMaxTileDim;
+  // More rows than requests: some have several, and tiles of queries take those. Without tensor
+  // cores every row goes alone.
+  plan.unit_is_request = plan.tiles && args.num_rows > args.batch;
+  plan.units = plan.unit_is_request ? args.batch : args.num_rows;
+  if (plan.unit_is_request && args.batch == 1) plan.units = 0;
+  const int64_t ctas = plan.units * args.num_kv_heads * head_tiles(args);
+  const int64_t most = std::min(kMaxSplits, args.max_pages * args.page_size / kMinSplitKeys);
+  plan.splits = std::clamp<int64_t>(ceil_div(kWantedCtas, std::max<int64_t>(1, ctas)), 1,
+                                    std::max<int64_t>(1, most));
+  return plan;
+}
+
+// Floats of a weighted sum of values, its largest score and its sum of weights.
+inline int64_t partial_floats(const PagedAttentionArgs& args) {
+  if (args.plan.splits == 1) return 0;
+  return args.plan.splits * args.plan.units * args.num_heads * (args.head_dim + 2);
+}
+
+}  // namespace kelix::cuda

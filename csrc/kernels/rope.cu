@@ -1,0 +1,42 @@
+#include <algorithm>
+#include <iterator>
+
+#include "kernels/attention.h"
+#include "kernels/rope.cuh"
+
+namespace kelix::cuda {
+namespace {
+
+template <class T, int kVector>
+void launch_rope(const RopeStoreKvArgs& args, void* stream) {
+  const int64_t units = args.num_tokens * (args.num_heads + 2 * args.num_kv_heads);
+  const int64_t per_cta = kRopeThreads / rope_width(args.head_dim, kVector);
+  const auto ctas = static_cast<unsigned>((units + per_cta - 1) / per_cta);
+  launch_kernel(rope_store_kv_kernel<T, kVector>, ctas, kRopeThreads, 0, stream, args);
+}
+
+// Whether every row can be read and written in pieces of `vector` elements.
+bool fits_vector(const RopeStoreKvArgs& args, int vector) {
+  const void* pointers[] = {args.qkv,     args.q_weight, args.k_weight, args.cos_sin,
+                            args.k_cache, args.v_cache,  args.q};
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return args.head_dim / 2 % vector == 0 &&
+         std::all_of(std::begin(pointers), std::end(pointers), aligned);
+}
+
+}  // namespace
+
+const char* rope_store_kv(const RopeStoreKvArgs& args, void* stream) {
+  if (args.num_tokens * (args.num_heads + 2 * args.num_kv_heads) == 0) return nullptr;
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (fits_vector(args, kRopeVector<T>)) {
+      launch_rope<T, kRopeVector<T>>(args, stream);
+    } else {
+      launch_rope<T, 1>(args, stream);
+    }
+  });
+  return launch_error();
+}
+
+}  // namespace kelix::cuda
