@@ -40,6 +40,18 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+// One instruction each, off by a few ulp; numbers below 2^-126 count as zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace kelix
 #endif
 
@@ -129,10 +141,6 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
-
-// Two instructions and three, off by a few ulp; dividing by more than 2^126 gives 0.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
-__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 // 16 bytes in one load; `from` must be aligned to them.
 template <class T>

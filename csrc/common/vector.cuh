@@ -33,6 +33,21 @@ __device__ __forceinline__ void load_vector(const T* from, T (&to)[kCount]) {
   }
 }
 
+template <class T>
+__device__ __forceinline__ void store_word(T* to, T value) {
+  *to = value;
+}
+
+#ifndef KELIX_SIMT
+// Left to itself the compiler may cut this store into four. `to` must be global memory.
+__device__ __forceinline__ void store_word(uint4* to, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+#endif
+
+// To global memory.
 template <class T, int kCount>
 __device__ __forceinline__ void store_vector(T* to, const T (&from)[kCount]) {
   constexpr int kBytes = kAccessBytes<T, kCount>;
@@ -41,7 +56,7 @@ __device__ __forceinline__ void store_vector(T* to, const T (&from)[kCount]) {
   for (int i = 0; i < kCount; i += kStep) {
     Word<kBytes> raw;
     memcpy(&raw, from + i, kBytes);
-    *reinterpret_cast<Word<kBytes>*>(to + i) = raw;
+    store_word(reinterpret_cast<Word<kBytes>*>(to + i), raw);
   }
 }
 

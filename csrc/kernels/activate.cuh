@@ -12,7 +12,8 @@ __device__ __forceinline__ float silu(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return x / (1.0f + expf(-x));
   } else {
-    return fast_divide(x, 1.0f + fast_exp(-x));
+    constexpr float kLog2E = 1.44269504f;
+    return x * reciprocal_approx(1.0f + exp2_approx(-kLog2E * x));
   }
 }
 

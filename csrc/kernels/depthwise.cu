@@ -4,10 +4,7 @@
 namespace kelix::cuda {
 
 const char* depthwise_glu(const DepthwiseGluArgs& args, void* stream) {
-  const int64_t slices = (args.channels + kGluChannels - 1) / kGluChannels;
-  const int64_t columns = (args.width + kGluColumns - 1) / kGluColumns;
-  const int64_t strips = (args.height + kGluStrip - 1) / kGluStrip;
-  const int64_t ctas = args.batch * slices * columns * strips;
+  const int64_t ctas = glu_ctas(args);
   if (ctas == 0) return nullptr;
   const bool vectors = args.channels % kGluPiece == 0 && aligned_to_vectors({args.x});
   with_dtype(args.dtype, [&](auto type) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/diffusion.h"
+#include "common/host_device.h"
 #include "kernels/activate.cuh"
 #include "kernels/row.cuh"
 
@@ -27,6 +28,15 @@ static_assert(kGluChannels == kWarpSize && 2 * kGluColumns * kPixelPieces == kGl
 // One activated row with a column on each side.
 using GluRow = float[2][kGluColumns + 2][kGluChannels];
 
+KELIX_HOST_DEVICE inline int64_t glu_pieces(int64_t size, int64_t piece) {
+  return (size + piece - 1) / piece;
+}
+
+inline int64_t glu_ctas(const DepthwiseGluArgs& args) {
+  return args.batch * glu_pieces(args.channels, kGluChannels) *
+         glu_pieces(args.width, kGluColumns) * glu_pieces(args.height, kGluStrip);
+}
+
 // What one CTA computes.
 struct GluTile {
   int64_t image;
@@ -37,14 +47,15 @@ struct GluTile {
 };
 
 __device__ __forceinline__ GluTile glu_tile(const DepthwiseGluArgs& args) {
-  const int64_t slices = (args.channels + kGluChannels - 1) / kGluChannels;
-  const int64_t columns = (args.width + kGluColumns - 1) / kGluColumns;
-  const int64_t strips = (args.height + kGluStrip - 1) / kGluStrip;
-  const int64_t rows = (args.height + strips - 1) / strips;  // strips of equal height
-  const int64_t place = blockIdx.x / slices;
+  const auto slices = static_cast<unsigned>(glu_pieces(args.channels, kGluChannels));
+  const auto columns = static_cast<unsigned>(glu_pieces(args.width, kGluColumns));
+  const auto strips = static_cast<unsigned>(glu_pieces(args.height, kGluStrip));
+  const int64_t rows = glu_pieces(args.height, strips);  // strips of equal height
+  const unsigned place = blockIdx.x / slices;
   const int64_t top = place / columns % strips * rows;
   return {place / columns / strips, top, min(top + rows, args.height),
-          place % columns * kGluColumns, blockIdx.x % slices * kGluChannels};
+          static_cast<int64_t>(place % columns) * kGluColumns,
+          static_cast<int64_t>(blockIdx.x % slices) * kGluChannels};
 }
 
 // kGluPiece channels of a pixel, zero outside the image: every activation keeps zero.
@@ -66,20 +77,31 @@ __device__ __forceinline__ void load_channels(const DepthwiseGluArgs& args, int6
   }
 }
 
-template <class T>
-__device__ __forceinline__ float activate(Activation activation, float x) {
-  if (activation == Activation::kSilu) return silu<T>(x);
-  if (activation == Activation::kGelu) return gelu(x);
-  return x;
+// The choice stands outside the loop: one branch and not one per value.
+template <class T, int kCount>
+__device__ __forceinline__ void activate(Activation activation, float (&values)[kCount]) {
+  if (activation == Activation::kSilu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = silu<T>(values[i]);
+  } else if (activation == Activation::kGelu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = gelu(values[i]);
+  }
 }
 
+// `to` is shared memory, aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ void store_activated(Activation activation, const T (&from)[kGluPiece],
                                                 float* to) {
   float values[kGluPiece];
 #pragma unroll
-  for (int i = 0; i < kGluPiece; ++i) values[i] = activate<T>(activation, to_float(from[i]));
-  store_vector(to, values);
+  for (int i = 0; i < kGluPiece; ++i) values[i] = to_float(from[i]);
+  activate<T>(activation, values);
+#pragma unroll
+  for (int i = 0; i < kGluPiece; i += 4) {
+    *reinterpret_cast<float4*>(to + i) =
+        make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+  }
 }
 
 // The columns beside the tile, which only images wider than it have: a few threads' work.
@@ -200,11 +222,11 @@ __global__ void __launch_bounds__(kGluThreads, kVectors ? 3 : 2)
     if (h > tile.top && channel < args.channels) {
       const int64_t pixel = (tile.image * args.height + h - 1) * args.width + tile.left;
       T* y = static_cast<T*>(args.y) + (pixel + first_column) * args.channels + channel;
+      activate<T>(args.gate_act, sums[1].rows[0]);
 #pragma unroll
       for (int out = 0; out < kWarpColumns; ++out) {
         if (tile.left + first_column + out >= args.width) break;
-        const float gate = activate<T>(args.gate_act, sums[1].rows[0][out]);
-        y[out * args.channels] = from_float<T>(sums[0].rows[0][out] * gate);
+        y[out * args.channels] = from_float<T>(sums[0].rows[0][out] * sums[1].rows[0][out]);
       }
     }
 #pragma unroll

@@ -11,7 +11,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs args) {
   KELIX_SHARED(float, scratch, [kMaxRowWarps]);
   const int64_t row = blockIdx.x;
-  const int64_t batch = row / args.tokens;
+  const int64_t batch = blockIdx.x / static_cast<unsigned>(args.tokens);
   T* y = static_cast<T*>(args.y) + row * args.cols;
   const HeldRow<T, kWidth> x(static_cast<const T*>(args.x) + row * args.cols, args.cols);
   const HeldRow<T, kWidth> scale(static_cast<const T*>(args.scale) + batch * args.cols, args.cols);
@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs a
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kMaxRowThreads) gated_residual_kernel(GatedResidualArgs args) {
   const int64_t row = blockIdx.x;
+  const int64_t batch = blockIdx.x / static_cast<unsigned>(args.tokens);
   T* x = static_cast<T*>(args.x) + row * args.cols;
   const HeldRow<T, kWidth> before(x, args.cols);
   const HeldRow<T, kWidth> y(static_cast<const T*>(args.y) + row * args.cols, args.cols);
-  const HeldRow<T, kWidth> gate(static_cast<const T*>(args.gate) + row / args.tokens * args.cols,
-                                args.cols);
+  const HeldRow<T, kWidth> gate(static_cast<const T*>(args.gate) + batch * args.cols, args.cols);
   for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
     float v[kWidth];
     float addend[kWidth];

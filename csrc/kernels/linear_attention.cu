@@ -1,6 +1,7 @@
 #include "kernels/diffusion.h"
 #include "kernels/linear_attention.cuh"
-#include "kernels/linear_attention_bf16.cuh"
+#include "kernels/linear_attention_output_bf16.cuh"
+#include "kernels/linear_attention_state_bf16.cuh"
 
 namespace kelix::cuda {
 namespace {
@@ -33,7 +34,7 @@ void attend(const LinearAttentionArgs& args, void* stream) {
 void attend_bf16(const LinearAttentionArgs& args, void* stream) {
   const auto ctas = static_cast<unsigned>(args.batch * args.heads * args.pieces);
   launch_kernel(linear_attention_state_bf16_kernel, ctas, kAttentionThreads, 0, stream, args);
-  launch_kernel(linear_attention_output_bf16_kernel, ctas, kAttentionThreads, 0, stream, args);
+  launch_kernel(linear_attention_output_bf16_kernel, ctas, kOutputThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Attention with ReLU features, in three passes: the scales of all rows, because a norm is over all
 // heads; the state of every head, in pieces; the outputs. Here for every type and head size;
-// linear_attention_bf16.cuh has the two larger passes for the release's.
+// the release's take the last two passes in linear_attention_{state,output}_bf16.cuh.
 #pragma once
 
 #include "common/diffusion.h"
