@@ -58,24 +58,44 @@ __device__ __forceinline__ GluTile glu_tile(const DepthwiseGluArgs& args) {
           static_cast<int64_t>(blockIdx.x % slices) * kGluChannels};
 }
 
-// kGluPiece channels of a pixel, zero outside the image: every activation keeps zero.
+// Reads kGluPiece channels of one column of the image, row by row; zero outside the image, because
+// every activation keeps zero.
 template <class T, bool kVectors>
-__device__ __forceinline__ void load_channels(const DepthwiseGluArgs& args, int64_t image,
-                                              int64_t h, int64_t w, int half, int64_t channel,
-                                              T (&to)[kGluPiece]) {
-  const bool inside = h >= 0 && h < args.height && w >= 0 && w < args.width;
-  const T* pixel = static_cast<const T*>(args.x) +
-                   (((image * args.height + h) * args.width + w) * 2 + half) * args.channels;
-  if (kVectors && inside && channel < args.channels) {
-    load_vector(pixel + channel, to);
-    return;
-  }
+class ColumnReader {
+ public:
+  __device__ __forceinline__ ColumnReader(const DepthwiseGluArgs& args, int64_t image, int64_t h,
+                                          int64_t w, int half, int64_t channel)
+      : next_(static_cast<const T*>(args.x) +
+              (((image * args.height + h) * args.width + w) * 2 + half) * args.channels + channel),
+        row_stride_(args.width * 2 * args.channels),
+        h_(static_cast<int>(h)),
+        height_(static_cast<int>(args.height)),
+        valid_(w >= 0 && w < args.width
+                   ? static_cast<int>(min(args.channels - channel, int64_t{kGluPiece}))
+                   : 0) {}
+
+  // The row it stands at; then it goes one down.
+  __device__ __forceinline__ void read(T (&to)[kGluPiece]) {
+    const int valid = h_ >= 0 && h_ < height_ ? valid_ : 0;
+    if (kVectors && valid > 0) {
+      load_vector(next_, to);
+    } else {
 #pragma unroll
-  for (int i = 0; i < kGluPiece; ++i) {
-    const bool valid = !kVectors && inside && channel + i < args.channels;
-    to[i] = valid ? pixel[channel + i] : from_float<T>(0.0f);
+      for (int i = 0; i < kGluPiece; ++i) {
+        to[i] = !kVectors && i < valid ? next_[i] : from_float<T>(0.0f);
+      }
+    }
+    next_ += row_stride_;
+    ++h_;
   }
-}
+
+ private:
+  const T* next_;
+  int64_t row_stride_;
+  int h_;
+  int height_;
+  int valid_;  // channels that exist
+};
 
 // The choice stands outside the loop: one branch and not one per value.
 template <class T, int kCount>
@@ -114,7 +134,7 @@ __device__ void stage_sides(const DepthwiseGluArgs& args, const GluTile& tile, i
   if (half >= 2) return;
   const int64_t w = side == 0 ? tile.left - 1 : tile.left + kGluColumns;
   T values[kGluPiece];
-  load_channels<T, kVectors>(args, tile.image, h, w, half, tile.channel + piece, values);
+  ColumnReader<T, kVectors>(args, tile.image, h, w, half, tile.channel + piece).read(values);
   store_activated(args.pre_act, values, &row[half][side * (kGluColumns + 1)][piece]);
 }
 
@@ -170,6 +190,37 @@ struct GluSums {
   }
 };
 
+// Writes kWarpColumns neighbouring pixels of one channel, row by row.
+template <class T>
+class GluWriter {
+ public:
+  __device__ __forceinline__ GluWriter(const DepthwiseGluArgs& args, const GluTile& tile, int64_t w,
+                                       int64_t channel)
+      : next_(static_cast<T*>(args.y) +
+              ((tile.image * args.height + tile.top) * args.width + w) * args.channels + channel),
+        row_stride_(args.width * args.channels),
+        channels_(args.channels),
+        columns_(channel < args.channels
+                     ? static_cast<int>(min(args.width - w, int64_t{kWarpColumns}))
+                     : 0) {}
+
+  __device__ __forceinline__ void write(Activation activation, const float (&value)[kWarpColumns],
+                                        float (&gate)[kWarpColumns]) {
+    activate<T>(activation, gate);
+#pragma unroll
+    for (int i = 0; i < kWarpColumns; ++i) {
+      if (i < columns_) next_[i * channels_] = from_float<T>(value[i] * gate[i]);
+    }
+    next_ += row_stride_;
+  }
+
+ private:
+  T* next_;
+  int64_t row_stride_;
+  int64_t channels_;
+  int columns_;
+};
+
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kGluThreads, kVectors ? 3 : 2)
     depthwise_glu_kernel(DepthwiseGluArgs args) {
@@ -184,9 +235,10 @@ __global__ void __launch_bounds__(kGluThreads, kVectors ? 3 : 2)
   const int load_piece = threadIdx.x % kPixelPieces * kGluPiece;
   const bool has_sides = args.width > kGluColumns;
 
+  ColumnReader<T, kVectors> reader(args, tile.image, tile.top - 1, tile.left + load_column,
+                                   load_half, tile.channel + load_piece);
   T next[kGluPiece];
-  load_channels<T, kVectors>(args, tile.image, tile.top - 1, tile.left + load_column, load_half,
-                             tile.channel + load_piece, next);
+  reader.read(next);
   load_taps<T>(args, tile, all_taps);
   if (!has_sides && threadIdx.x < kGluChannels) {
     for (GluRow& row : buffers) {
@@ -208,27 +260,17 @@ __global__ void __launch_bounds__(kGluThreads, kVectors ? 3 : 2)
     sums[half].start(bias[half]);
   }
 
-  for (int64_t h = tile.top - 1; h <= tile.bottom; ++h) {
-    GluRow& row = buffers[(h - tile.top) & 1];
+  GluWriter<T> writer(args, tile, tile.left + first_column, channel);
+  const int rows = static_cast<int>(tile.bottom - tile.top) + 2;
+  for (int i = 0; i < rows; ++i) {
+    GluRow& row = buffers[i & 1];
     store_activated(args.pre_act, next, &row[load_half][load_column + 1][load_piece]);
-    if (has_sides) stage_sides<T, kVectors>(args, tile, h, row);
-    if (h < tile.bottom) {
-      load_channels<T, kVectors>(args, tile.image, h + 1, tile.left + load_column, load_half,
-                                 tile.channel + load_piece, next);
-    }
+    if (has_sides) stage_sides<T, kVectors>(args, tile, tile.top - 1 + i, row);
+    if (i + 1 < rows) reader.read(next);
     __syncthreads();  // the other buffer is free: all threads are past their sums of the row before
 #pragma unroll
     for (int half = 0; half < 2; ++half) sums[half].add(&row[half][first_column], taps[half]);
-    if (h > tile.top && channel < args.channels) {
-      const int64_t pixel = (tile.image * args.height + h - 1) * args.width + tile.left;
-      T* y = static_cast<T*>(args.y) + (pixel + first_column) * args.channels + channel;
-      activate<T>(args.gate_act, sums[1].rows[0]);
-#pragma unroll
-      for (int out = 0; out < kWarpColumns; ++out) {
-        if (tile.left + first_column + out >= args.width) break;
-        y[out * args.channels] = from_float<T>(sums[0].rows[0][out] * sums[1].rows[0][out]);
-      }
-    }
+    if (i >= 2) writer.write(args.gate_act, sums[0].rows[0], sums[1].rows[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) sums[half].advance(bias[half]);
   }
