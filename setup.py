@@ -130,7 +130,9 @@ class BinaryDistribution(Distribution):
         return True
 
 
-setup(
-    distclass=BinaryDistribution,
-    cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel, "native": Native},
-)
+# Imported by benchmarks/resources.py; pip and setuptools run the file as the main module.
+if __name__ == "__main__":
+    setup(
+        distclass=BinaryDistribution,
+        cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel, "native": Native},
+    )

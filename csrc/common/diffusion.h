@@ -36,6 +36,10 @@ struct GatedResidualArgs {
 // stride is head_dim rounded up to this many floats.
 inline constexpr int64_t kStatePad = 32;
 
+// On CUDA a head's state is a sum of pieces, one per so many tokens. The split depends on nothing
+// else, so that a result does not depend on the batch.
+inline constexpr int64_t kStateTokens = 256;
+
 // Per head: S = sum k^T v, z = sum k, y = q S / (q.z + eps), q and k after RMSNorm and ReLU.
 struct LinearAttentionArgs {
   const void* qkv;     // [batch, tokens, 3 * heads * head_dim]
@@ -43,13 +47,14 @@ struct LinearAttentionArgs {
   const void* k_norm;  // like q_norm, null together with it
   void* y;             // [batch, tokens, heads * head_dim]
   float* scales;       // [batch * tokens, 2]: 1 / RMS of q and k; null without norms
-  float* states;       // [batch * heads, state_floats]
+  float* states;       // [batch * heads, pieces, state_floats]
   int64_t batch;
   int64_t tokens;
   int64_t heads;
   int64_t head_dim;
   int64_t stride;
   int64_t state_floats;  // stride * (stride + 1)
+  int64_t pieces;        // of a head's state: tokens / kStateTokens rounded up; 1 on the CPU
   float norm_eps;
   float eps;
   DType dtype;

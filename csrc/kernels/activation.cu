@@ -1,18 +1,17 @@
-#include <algorithm>
-
 #include "kernels/activation.cuh"
 #include "kernels/activation.h"
 
 namespace kelix::cuda {
 
 const char* silu_mul(const SiluMulArgs& args, void* stream) {
-  const int64_t total = args.rows * args.cols;
-  if (total == 0) return nullptr;
-  const int64_t ctas =
-      std::min<int64_t>((total + kActivationThreads - 1) / kActivationThreads, 65536);
+  if (args.rows * args.cols == 0) return nullptr;
   with_dtype(args.dtype, [&](auto type) {
-    launch_kernel(silu_mul_kernel<decltype(type)>, static_cast<unsigned>(ctas), kActivationThreads,
-                  0, stream, args);
+    using T = decltype(type);
+    with_width<T>(args.cols, {args.x, args.y}, [&](auto width) {
+      const PieceGrid pieces = piece_grid(args.rows, args.cols, decltype(width)::value);
+      launch_kernel(silu_mul_kernel<T, decltype(width)::value>, pieces.grid, pieces.block, 0,
+                    stream, args);
+    });
   });
   return launch_error();
 }

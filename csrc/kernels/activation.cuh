@@ -1,24 +1,26 @@
-// silu(gate) * up: one thread per output element, a grid-stride loop over the rows.
+// silu(gate) * up.
 #pragma once
 
 #include "common/activation.h"
-#include "common/device.cuh"
+#include "kernels/activate.cuh"
+#include "kernels/row.cuh"
 
 namespace kelix::cuda {
 
-inline constexpr int kActivationThreads = 256;
-
-template <class T>
-__global__ void __launch_bounds__(kActivationThreads) silu_mul_kernel(SiluMulArgs args) {
-  const int64_t total = args.rows * args.cols;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kActivationThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kActivationThreads + threadIdx.x; i < total;
-       i += stride) {
-    const int64_t row = i / args.cols;
-    const T* gate = static_cast<const T*>(args.x) + i + row * args.cols;
-    const float g = to_float(gate[0]);
-    static_cast<T*>(args.y)[i] = from_float<T>(g / (1.0f + expf(-g)) * to_float(gate[args.cols]));
-  }
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kPieceThreads) silu_mul_kernel(SiluMulArgs args) {
+  const int64_t row = blockIdx.x;
+  const T* x = static_cast<const T*>(args.x) + row * 2 * args.cols;
+  T* y = static_cast<T*>(args.y) + row * args.cols;
+  for_each_own_piece<kWidth>(args.cols, [&](int64_t at) {
+    float gate[kWidth];
+    float up[kWidth];
+    load_floats(x + at, gate);
+    load_floats(x + args.cols + at, up);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) gate[i] = silu<T>(gate[i]) * up[i];
+    store_floats(y + at, gate);
+  });
 }
 
 }  // namespace kelix::cuda

@@ -126,7 +126,7 @@ class QueryWarp {
       }
       max = quad(max, [](float a, float b) { return fmaxf(a, b); });
       const float base = max == -INFINITY ? 0.0f : max;  // no key seen yet: all weights are zero
-      const float shrink = exp2_fast(max_[i] - base);
+      const float shrink = exp2_approx(max_[i] - base);
       max_[i] = max;
       norm_[i] *= shrink;
 #pragma unroll
@@ -134,7 +134,7 @@ class QueryWarp {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& weight = scores[n][2 * i + e];
-          weight = exp2_fast(weight - base);
+          weight = exp2_approx(weight - base);
           norm_[i] += weight;
         }
       }

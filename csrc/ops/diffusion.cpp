@@ -102,7 +102,9 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
   const int64_t heads = cols / head_dim;
   const int64_t stride = (head_dim + kStatePad - 1) / kStatePad * kStatePad;
   Tensor y = new_tensor({batch, tokens, cols}, input.scalar_type(), input);
-  Tensor states = new_tensor({batch * heads, stride * (stride + 1)}, ScalarType::Float, input);
+  const int64_t pieces = uses_cuda(input) ? (tokens + kStateTokens - 1) / kStateTokens : 1;
+  Tensor states =
+      new_tensor({batch * heads, pieces, stride * (stride + 1)}, ScalarType::Float, input);
   std::optional<Tensor> scales;
   if (q_norm) scales = new_tensor({batch * tokens, 2}, ScalarType::Float, input);
   const LinearAttentionArgs args{data(input),
@@ -117,6 +119,7 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
                                  head_dim,
                                  stride,
                                  stride * (stride + 1),
+                                 pieces,
                                  static_cast<float>(norm_eps),
                                  static_cast<float>(eps),
                                  check.storage_type()};

@@ -11,7 +11,7 @@ from tests.ops.helpers import DEVICES, DTYPES, assert_as_accurate_as_torch, opch
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 5, 130), (0, 8), (9, 3072)])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 5, 130), (0, 8), (9, 3072), (2, 5008)])
 def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = randn(*shape, dtype=dtype, device=device, scale=4.0)
     gate, up = x.double().chunk(2, dim=-1)
@@ -30,6 +30,11 @@ def test_extreme_gates() -> None:
 def test_non_contiguous_input() -> None:
     x = randn(8, 5).T
     assert torch.equal(ops.silu_mul(x), ops.silu_mul(x.contiguous()))
+
+
+def test_memory_aligned_to_one_element() -> None:
+    x = randn(3 * 32 + 1)[1:].view(3, 32)
+    assert torch.equal(ops.silu_mul(x), ops.silu_mul(x.clone()))
 
 
 def test_errors_name_the_rule() -> None:

@@ -11,11 +11,13 @@ from tests.ops.helpers import DEVICES, DTYPES, assert_as_accurate_as_torch, opch
 
 # [B, N, C]
 SHAPES = [(1, 1, 1), (2, 5, 33), (3, 40, 64), (1, 70, 2240), (2, 0, 8), (0, 3, 8)]
+# Longer than the part of a row that a CUDA kernel keeps in registers, in 16-byte pieces and odd.
+LONG_ROWS = [(2, 1, 24584), (1, 2, 3075)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG_ROWS)
 def test_modulate(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     batch, _, width = shape
     x = randn(*shape, dtype=dtype, device=device) + 2
@@ -34,7 +36,7 @@ def test_modulate_eps_matters_on_quiet_rows() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG_ROWS)
 def test_gated_residual(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     batch, _, width = shape
     x = randn(*shape, dtype=dtype, device=device)
@@ -56,9 +58,13 @@ ATTENTION = [
     (1, 37, 80, 40),
     (1, 45, 256, 256),
     (1, 9, 3, 1),
+    (1, 270, 24, 8),
     (2, 0, 8, 4),
     (0, 5, 8, 4),
 ]
+# (B, N, heads) of the release's heads of 32 bfloat16 channels: tokens of one warp, of two warps and
+# of two CTAs, all cut.
+WIDE_HEADS = [(1, 1, 1), (2, 43, 3), (1, 300, 2), (2, 257, 1)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -68,7 +74,26 @@ ATTENTION = [
 def test_relu_linear_attention(
     normed: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
 ) -> None:
-    batch, tokens, width, head_dim = shape
+    check_attention(*shape, dtype, device, normed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", WIDE_HEADS)
+@pytest.mark.parametrize("normed", [True, False])
+def test_heads_of_32_channels(normed: bool, shape: tuple[int, int, int], device: str) -> None:
+    batch, tokens, heads = shape
+    check_attention(batch, tokens, 32 * heads, 32, torch.bfloat16, device, normed)
+
+
+def check_attention(
+    batch: int,
+    tokens: int,
+    width: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    normed: bool,
+) -> None:
     # A positive mean keeps the divisor away from zero, where any rounding of q and k explodes.
     qkv = randn(batch, tokens, 3 * width, dtype=dtype, device=device) + 0.5
     q_norm = 1 + 0.1 * randn(width, device=device, seed=1) if normed else None
@@ -83,16 +108,31 @@ def test_relu_linear_attention(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_without_a_positive_channel_give_zero(dtype: torch.dtype, device: str) -> None:
-    qkv = randn(1, 40, 3 * 32, dtype=dtype, device=device) + 0.5
-    qkv[0, 7, :16] = -1  # head 0 of two
-    qkv[0, 9, :32] = 0
-    weight = torch.ones(32, dtype=dtype, device=device)
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_queries_without_a_positive_channel_give_zero(
+    head_dim: int, dtype: torch.dtype, device: str
+) -> None:
+    width = 2 * head_dim
+    qkv = randn(1, 40, 3 * width, dtype=dtype, device=device) + 0.5
+    qkv[0, 7, :head_dim] = -1  # head 0 of two
+    qkv[0, 9, :width] = 0
+    weight = torch.ones(width, dtype=dtype, device=device)
     for norm in (weight, None):
-        got = ops.relu_linear_attention(qkv, norm, norm, 16)
-        assert (got[0, 7, :16] == 0).all()
-        assert (got[0, 7, 16:] != 0).any()
+        got = ops.relu_linear_attention(qkv, norm, norm, head_dim)
+        assert (got[0, 7, :head_dim] == 0).all()
+        assert (got[0, 7, head_dim:] != 0).any()
         assert (got[0, 9] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_query_stays_in_its_head(dtype: torch.dtype) -> None:
+    qkv = randn(1, 20, 3 * 64, dtype=dtype)
+    clean = ops.relu_linear_attention(qkv, None, None, 32)
+    qkv[0, 5, 3] = float("nan")
+    got = ops.relu_linear_attention(qkv, None, None, 32)
+    assert got[0, 5, :32].isnan().all()
+    got[0, 5, :32] = clean[0, 5, :32]
+    assert torch.equal(got, clean)
 
 
 def test_norm_is_over_all_heads() -> None:
@@ -116,11 +156,12 @@ def test_attention_eps_and_norm_eps_reach_the_kernel() -> None:
             assert (got - base).abs().max() > 0.1 * base.abs().max()
 
 
-def test_attention_does_not_depend_on_the_batch() -> None:
-    qkv = randn(3, 50, 3 * 24)
-    whole = ops.relu_linear_attention(qkv, None, None, 8)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float32), (32, torch.bfloat16)])
+def test_attention_does_not_depend_on_the_batch(head_dim: int, dtype: torch.dtype) -> None:
+    qkv = randn(3, 50, 9 * head_dim, dtype=dtype)
+    whole = ops.relu_linear_attention(qkv, None, None, head_dim)
     for row in range(3):
-        alone = ops.relu_linear_attention(qkv[row : row + 1], None, None, 8)
+        alone = ops.relu_linear_attention(qkv[row : row + 1], None, None, head_dim)
         assert torch.equal(alone[0], whole[row])
 
 
@@ -142,6 +183,22 @@ IMAGES = [
 @pytest.mark.parametrize("shape", IMAGES)
 @pytest.mark.parametrize("acts", [(1, 1), (0, 2), (2, 0)])
 def test_depthwise_glu(
+    acts: tuple[int, int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    check_depthwise_glu(acts, shape, dtype, device)
+
+
+# Wider and higher than the tile of one CTA, with and without 16-byte pieces.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3, 70, 8), (1, 35, 33, 40), (2, 17, 34, 9)])
+def test_depthwise_glu_of_several_tiles(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    check_depthwise_glu((1, 1), shape, dtype, device)
+
+
+def check_depthwise_glu(
     acts: tuple[int, int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
 ) -> None:
     batch, height, width, channels = shape
@@ -222,6 +279,40 @@ def test_non_contiguous_input() -> None:
 
 def dense(x: Tensor) -> Tensor:
     return x.contiguous()
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values in memory that is aligned to one element only."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_aligned_to_one_element(dtype: torch.dtype) -> None:
+    x, y = randn(2, 5, 64, dtype=dtype), randn(2, 5, 64, dtype=dtype, seed=1)
+    row, other = randn(2, 64, dtype=dtype, seed=2), randn(2, 64, dtype=dtype, seed=3)
+    exact = ops.modulate_ref(x.double(), row.double(), other.double())
+    plain = ops.modulate_ref(x, row, other)
+    for inputs in [(shifted(x), row, other), (x, shifted(row), other), (x, row, shifted(other))]:
+        assert_as_accurate_as_torch(ops.modulate(*inputs), plain, exact)
+    straight, moved = x.clone(), shifted(x)
+    ops.gated_residual(straight, row, y)
+    ops.gated_residual(moved, row, y)
+    assert torch.equal(moved, straight)
+    latent, dt = randn(2, 64, seed=4), randn(2, seed=5)
+    straight, moved = latent.clone(), latent.clone()
+    ops.euler_step(straight, row, None, dt, None)
+    ops.euler_step(moved, shifted(row), None, dt, None)
+    assert torch.equal(moved, straight)
+    qkv, norm = randn(1, 33, 3 * 64, dtype=dtype) + 0.5, 1 + 0.1 * row[0]
+    exact = ops.relu_linear_attention_ref(qkv.double(), norm.double(), norm.double(), 32)
+    plain = ops.relu_linear_attention_ref(qkv, norm, norm, 32)
+    for source, weight in [(shifted(qkv), norm), (qkv, shifted(norm))]:
+        got = ops.relu_linear_attention(source, weight, weight, 32)
+        assert_as_accurate_as_torch(got, plain, exact)
+    image, taps = randn(1, 4, 5, 32, dtype=dtype), randn(32, 3, 3, dtype=dtype, seed=6)
+    bias = randn(32, dtype=dtype, seed=7)
+    got = ops.depthwise_glu(shifted(image), taps, bias)
+    assert torch.equal(got, ops.depthwise_glu(image, taps, bias))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 from kelix_rt import ops
 from tests.ops.helpers import DEVICES, DTYPES, assert_as_accurate_as_torch, opcheck, randn
 
-SHAPES = [(1, 1), (3, 7), (2, 5, 64), (17, 1152), (0, 8), (4, 2240)]
+# The last two are longer than the part of a row that a CUDA kernel keeps in registers.
+SHAPES = [(1, 1), (3, 7), (2, 5, 64), (17, 1152), (0, 8), (4, 2240), (2, 24584), (2, 3075)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,6 +73,26 @@ def test_non_contiguous_input(device: str) -> None:
     x = randn(6, 10, device=device).T
     weight = randn(12, device=device)[::2]
     assert torch.equal(ops.rms_norm(x, weight), ops.rms_norm(x.contiguous(), weight.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_aligned_to_one_element(dtype: torch.dtype) -> None:
+    """Contiguous rows that wide loads must not touch."""
+    x = randn(3 * 64 + 1, dtype=dtype)[1:].view(3, 64)
+    weight = randn(64 + 1, dtype=dtype, seed=1)[1:]
+    exact = ops.rms_norm_ref(x.double(), weight.double(), 1e-6)
+    plain = ops.rms_norm_ref(x, weight, 1e-6)
+    for inputs in [(x, weight.clone()), (x.clone(), weight)]:
+        assert_as_accurate_as_torch(ops.rms_norm(*inputs, 1e-6), plain, exact)
+    exact = ops.layer_norm_ref(x.double(), weight.double(), weight.double(), 1e-6)
+    plain = ops.layer_norm_ref(x, weight, weight, 1e-6)
+    for inputs in [(x, weight, weight), (x.clone(), weight, weight.clone())]:
+        assert_as_accurate_as_torch(ops.layer_norm(*inputs, 1e-6), plain, exact)
+    residual = randn(3, 64, dtype=dtype, seed=2)
+    straight, moved = residual.clone(), residual.clone()
+    want = ops.add_rms_norm(straight, x.clone(), weight.clone(), 1e-6)
+    torch.testing.assert_close(ops.add_rms_norm(moved, x, weight, 1e-6), want)
+    assert torch.equal(moved, straight)
 
 
 @pytest.mark.parametrize(
