@@ -75,8 +75,9 @@ def test_options_equal_plain_torch(tmp_path: Path, changes: dict[str, Any]) -> N
     latent, times, condition, mask = inputs(config)
     got = model.velocity(latent, times, condition, mask)
     for row, (length, time) in enumerate(zip(LENGTHS, TIMES, strict=True)):
-        want = plain.velocity(latent[row], time, plain.tokens(condition[row, :length]))
-        torch.testing.assert_close(got[row], want, rtol=2e-5, atol=2e-5)
+        tokens = plain.connect(condition[row, None, :length])
+        want = plain.velocity(latent[row, None], torch.tensor([time]), tokens)
+        torch.testing.assert_close(got[row], want[0], rtol=2e-5, atol=2e-5)
 
 
 def test_diffusers_agrees(golden: Path) -> None:
@@ -175,8 +176,8 @@ def test_unconditional_reads_the_embedding_without_connector(tmp_path: Path) -> 
         cache = model.unconditional(2, capacity)
         assert cache.lengths == (used, used)
         got = model.forward_cached(latent, model.prepare_modulation(times), cache)
-        want = plain.velocity(latent[0], TIMES[0], plain.captions(embedding[:used]))
-        torch.testing.assert_close(got[0], want, rtol=2e-5, atol=2e-5)
+        want = plain.velocity(latent, times, embedding[:used].expand(2, -1, -1))
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_linear_attention_divides_by_the_sum_plus_1e_8() -> None:
