@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.models import plain_dit
+
 # Between the golden models and the release: big enough that its time is spent in its weights, small
 # enough for two CPU cores.
 MID_SIZE: dict[str, Any] = {
@@ -55,6 +57,20 @@ MID_SIZE: dict[str, Any] = {
         "input_dim": 512,
     },
 }
+
+# The image DiT that belongs to it: 512 x 512 pixels, conditions as wide as the language model.
+MID_SIZE_DIT: dict[str, Any] = plain_dit.options(
+    input_size=16,
+    in_channels=32,
+    hidden_size=512,
+    depth=6,
+    num_heads=8,
+    mlp_ratio=2.5,
+    caption_channels=512,
+    linear_head_dim=32,
+    connector_channels=512,
+    model_max_length=400,
+)
 
 
 def language_model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -128,4 +144,18 @@ def write_language_model(directory: Path, config: dict[str, Any] | None = None) 
         directory.mkdir(parents=True, exist_ok=True)
         save_file(random_tensors(language_model_shapes(config)), directory / "model.safetensors")
         (directory / "config.json").write_text(json.dumps(config, indent=2))
+    return directory
+
+
+def dit_tensors(config: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Random tensors of an image DiT under the stored names."""
+    config = config or MID_SIZE_DIT
+    return plain_dit.random_tensors(config, rows=config["model_max_length"])
+
+
+def write_dit(directory: Path, config: dict[str, Any] | None = None) -> Path:
+    """Write a random image DiT checkpoint (once per directory) and return the directory."""
+    config = config or MID_SIZE_DIT
+    if not (directory / "config.json").exists():
+        plain_dit.write(directory, config, dit_tensors(config))
     return directory
