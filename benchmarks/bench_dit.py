@@ -115,9 +115,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.inference_mode()
 def test_denoising_against_the_release(
-    compare: Comparison, machine: Machine, mid_size_dit: Path, dtype: torch.dtype
+    compare: Comparison, machine: Machine, mid_size: Path, dtype: torch.dtype
 ) -> None:
-    released, ours = Released(dtype, machine.device), Ours(mid_size_dit, dtype, machine.device)
+    released, ours = Released(dtype, machine.device), Ours(mid_size / "dit", dtype, machine.device)
     got, theirs = ours.trajectory(), released.trajectory()
     exact = theirs
     if dtype != torch.float32:

@@ -79,9 +79,9 @@ def force_visual(head: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(mid_size_lm: Path) -> ReferenceLM:
+def reference(mid_size: Path) -> ReferenceLM:
     """The released algorithm on the same weights, its context filled."""
-    tensors = load_file(mid_size_lm / "model.safetensors")
+    tensors = load_file(mid_size / "model.safetensors")
     force_visual(tensors["model.model.output.weight"])
     return ReferenceLM(MID_SIZE, tensors)
 
@@ -110,14 +110,14 @@ def assert_best_of_each_book(reference: ReferenceLM, block: Tensor) -> None:
 
 @torch.inference_mode()
 def test_visual_block_against_reference(
-    benchmark: BenchmarkFixture, mid_size_lm: Path, reference: ReferenceLM
+    benchmark: BenchmarkFixture, mid_size: Path, reference: ReferenceLM
 ) -> None:
     reference.reset()
     reference.backbone(prompt_rows(CONTEXT))
-    greedy = DecodeLoop(mid_size_lm, batch=1, temperature=0.0).step()
+    greedy = DecodeLoop(mid_size, batch=1, temperature=0.0).step()
     assert_best_of_each_book(reference, greedy[0])
 
-    sampled = DecodeLoop(mid_size_lm, batch=1, temperature=0.7)
+    sampled = DecodeLoop(mid_size, batch=1, temperature=0.7)
     theirs = median_seconds(lambda: reference_step(reference), repeats=5)
     block = benchmark(sampled.step)
     assert bool((block[:, :-1] >= QWEN["vocab_size"]).all()), "the timed block must be visual"
@@ -136,8 +136,8 @@ def test_visual_block_against_reference(
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @torch.inference_mode()
-def test_visual_block_batched(benchmark: BenchmarkFixture, mid_size_lm: Path, batch: int) -> None:
-    loop = DecodeLoop(mid_size_lm, batch=batch, temperature=0.7)
+def test_visual_block_batched(benchmark: BenchmarkFixture, mid_size: Path, batch: int) -> None:
+    loop = DecodeLoop(mid_size, batch=batch, temperature=0.7)
     block = benchmark(loop.step)
     assert block.shape == (batch, QWEN["n_q_tokens"] + 1)
     benchmark.extra_info["blocks_per_second"] = round(batch / benchmark.stats.stats.median, 1)

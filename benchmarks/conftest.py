@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.checkpoints import write_dit, write_language_model
+from benchmarks.checkpoints import write_kelix
 from benchmarks.compare import Comparison, Machine
 
 MACHINE = pytest.StashKey[Machine]()
@@ -53,12 +53,6 @@ def compare(benchmark: BenchmarkFixture, machine: Machine) -> Comparison:
 
 
 @pytest.fixture(scope="session")
-def mid_size_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random Kelix-LLM of about 390 MB in float32."""
-    return write_language_model(tmp_path_factory.mktemp("checkpoints") / "mid_size")
-
-
-@pytest.fixture(scope="session")
-def mid_size_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random image DiT of about 100 MB in float32."""
-    return write_dit(tmp_path_factory.mktemp("checkpoints") / "mid_size_dit")
+def mid_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Kelix of about 500 MB in float32, with dit/ and vae/."""
+    return write_kelix(tmp_path_factory.mktemp("checkpoints") / "mid_size")
