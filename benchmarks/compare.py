@@ -41,9 +41,9 @@ class Machine:
             self._matrix[dtype] = matrix_rate(dtype, self.device)
         return self._matrix[dtype]
 
-    def seconds(self, call: Call, repeats: int = 5) -> float:
-        """Median time of a call; on a GPU as a graph, with a cold L2 cache."""
-        return median_seconds(call, self.device, repeats, graph=True)
+    def seconds(self, call: Call, graph: bool, repeats: int = 5) -> float:
+        """Median time of a call; on a GPU with a cold L2 cache, and as a graph if asked for."""
+        return median_seconds(call, self.device, repeats, graph)
 
     def best_seconds(self, calls: Mapping[str, Call], rounds: int = 2) -> dict[str, float]:
         """Shortest wall time of each call; they take turns, so that all meet the same machine.
@@ -77,21 +77,24 @@ class Comparison:
         num_bytes: int | None = None,
         flops: int | None = None,
         dtype: torch.dtype = torch.float32,
+        graph: bool = True,
     ) -> dict[str, float]:
         """Times `ours` with pytest-benchmark and the others before and after it.
 
         floors: what no implementation can beat by much (reading the inputs once, the bare
         product). num_bytes, flops: the least that has to be moved and computed, for the shares of
-        the machine's rates. Records and prints the row; returns the ratios other / ours by name.
+        the machine's rates. graph: calls only launch work, so that on a GPU all can be captured;
+        whole models wait for the device. Records the row; returns the ratios other / ours by name.
         """
         absent = {name: why for name, why in peers.items() if isinstance(why, str)}
         present = {name: call for name, call in peers.items() if not isinstance(call, str)}
         timed: dict[str, Call] = {**present, **(floors or {})}
-        before = {name: self.machine.seconds(call) for name, call in timed.items()}
-        mine = self._time(ours)
+        before = {name: self.machine.seconds(call, graph) for name, call in timed.items()}
+        mine = self._time(ours, graph)
         # Other work on the machine only ever slows a call down: the better of two runs counts.
         theirs = {
-            name: min(before[name], self.machine.seconds(call)) for name, call in timed.items()
+            name: min(before[name], self.machine.seconds(call, graph))
+            for name, call in timed.items()
         }
         facts: dict[str, object] = {"ms": round(mine * 1e3, 3)}
         if num_bytes is not None:
@@ -111,7 +114,7 @@ class Comparison:
         self.record(facts)
         return {name: seconds / mine for name, seconds in theirs.items()}
 
-    def _time(self, ours: Call) -> float:
+    def _time(self, ours: Call, graph: bool) -> float:
         """Median seconds; pytest-benchmark keeps its own statistics of the same call."""
         if not self.machine.on_gpu:
             self.benchmark.pedantic(ours, rounds=9, warmup_rounds=2)
@@ -122,7 +125,7 @@ class Comparison:
             torch.cuda.synchronize()
 
         self.benchmark.pedantic(finished, rounds=9, warmup_rounds=2)
-        return self.machine.seconds(ours, repeats=9)
+        return self.machine.seconds(ours, graph, repeats=9)
 
     def record(self, facts: Mapping[str, object]) -> None:
         """Adds to the row's facts in the results file, which the session prints at its end."""

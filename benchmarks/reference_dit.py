@@ -63,7 +63,7 @@ class ReferenceSampler:
     def step(self, state: ReferenceState) -> None:
         """One denoise step; the latent is carried in its own dtype, as in the release."""
         x, i = state.latent, state.index
-        times = state.timesteps[i].expand(2)
+        times = state.timesteps[i].to(x.device).expand(2)
         both = self.dit.velocity(torch.cat((x, x)), times, state.tokens, state.mask)
         uncond, cond = both.chunk(2)
         velocity = uncond + state.guidance * (cond - uncond)
