@@ -41,7 +41,7 @@ class Machine:
             self._matrix[dtype] = matrix_rate(dtype, self.device)
         return self._matrix[dtype]
 
-    def seconds(self, call: Call, graph: bool, repeats: int = 5) -> float:
+    def seconds(self, call: Call, graph: bool, repeats: int) -> float:
         """Median time of a call; on a GPU with a cold L2 cache, and as a graph if asked for."""
         return median_seconds(call, self.device, repeats, graph)
 
@@ -78,22 +78,24 @@ class Comparison:
         flops: int | None = None,
         dtype: torch.dtype = torch.float32,
         graph: bool = True,
+        repeats: int = 5,
     ) -> dict[str, float]:
         """Times `ours` with pytest-benchmark and the others before and after it.
 
         floors: what no implementation can beat by much (reading the inputs once, the bare
         product). num_bytes, flops: the least that has to be moved and computed, for the shares of
         the machine's rates. graph: calls only launch work, so that on a GPU all can be captured;
-        whole models wait for the device. Records the row; returns the ratios other / ours by name.
+        whole models wait for the device. repeats: of each of the others' two turns. Records the
+        row; returns the ratios other / ours by name.
         """
         absent = {name: why for name, why in peers.items() if isinstance(why, str)}
         present = {name: call for name, call in peers.items() if not isinstance(call, str)}
         timed: dict[str, Call] = {**present, **(floors or {})}
-        before = {name: self.machine.seconds(call, graph) for name, call in timed.items()}
+        before = {name: self.machine.seconds(call, graph, repeats) for name, call in timed.items()}
         mine = self._time(ours, graph)
         # Other work on the machine only ever slows a call down: the better of two runs counts.
         theirs = {
-            name: min(before[name], self.machine.seconds(call, graph))
+            name: min(before[name], self.machine.seconds(call, graph, repeats))
             for name, call in timed.items()
         }
         facts: dict[str, object] = {"ms": round(mine * 1e3, 3)}
