@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from kelix_rt.models.language_model import KelixLM
 from kelix_rt.runner import Runner
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.weights import OnTensor
+
+if TYPE_CHECKING:
+    from kelix_rt.stages.render import RenderStage
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -67,17 +70,25 @@ def load_parts(
                 f"dit: {dit_path} reads conditions of {channels} channels, but the language "
                 f"model's embed_dim is {config.qwen_config.embed_dim}; they do not belong together"
             )
-    positions = max_positions(config, chosen)
-    pages = choose_pages(config, chosen, language.dtype, available_bytes(target))
-    pool = PagePool(pages, chosen.page_size, config.num_codes + 1)
+    return assemble(directory, language, render, chosen)
+
+
+def assemble(
+    directory: Path, language: KelixLM, render: RenderStage | None, options: EngineConfig
+) -> Parts:
+    """Books the KV cache in what memory is left, and puts the parts together."""
+    config = language.config
+    positions = max_positions(config, options)
+    pages = choose_pages(config, options, language.dtype, available_bytes(language.device))
+    pool = PagePool(pages, options.page_size, config.num_codes + 1)
     scheduler = Scheduler(
         pool,
-        max_batch=chosen.max_batch,
-        max_step_tokens=chosen.max_step_tokens,
-        prefix_cache=chosen.prefix_cache,
+        max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens,
+        prefix_cache=options.prefix_cache,
     )
-    runner = Runner(language, pool, chosen, max_positions=positions, render=render)
-    return Parts(directory, runner, scheduler, chosen, positions)
+    runner = Runner(language, pool, options, max_positions=positions, render=render)
+    return Parts(directory, runner, scheduler, options, positions)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
