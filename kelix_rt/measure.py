@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kelix_rt.engine import Engine
 
-STAGES = ("encode", "prompt", "block", "denoise", "decode")
+STAGES = ("encode", "prompt", "text block", "visual block", "denoise", "decode")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Trace:
         return self.spans[-1].end
 
     def seconds(self, stage: str) -> list[float]:
-        """Lengths of the spans of a stage."""
+        """Lengths of the spans of a stage, in order."""
         return [span.seconds for span in self.spans if span.stage == stage]
 
 
@@ -117,16 +117,18 @@ def measure(engine: Engine, work: Workload, runs: int = 3) -> Report:
         lambda: trace(engine, "picture -> text", work.question, work.answering), runs
     )
     rows = [Row("picture -> codes", encoding, tokens, "tokens")]
-    for name, steps, unit in (
-        ("text block", answer.seconds("block"), "blocks"),
-        ("visual block", drawing.seconds("block"), "blocks"),
-        ("denoise step", drawing.seconds("denoise"), "steps"),
-        ("latent -> pixels", drawing.seconds("decode"), "pictures"),
+    for name, stage_name, unit in (
+        ("text block", "text block", "blocks"),
+        ("visual block", "visual block", "blocks"),
+        ("denoise step", "denoise", "steps"),
+        ("latent -> pixels", "decode", "pictures"),
     ):
+        steps = answer.seconds(stage_name) + drawing.seconds(stage_name)
         if steps:
             rows.append(Row(name, statistics.median(steps), 1, unit))
     rows.append(Row("prompt -> picture", drawing.total, 1, "pictures"))
-    rows.append(Row("picture -> text", answer.total, len(answer.seconds("block")) + 1, "blocks"))
+    written = len(answer.seconds("text block")) + len(answer.seconds("visual block")) + 1
+    rows.append(Row("picture -> text", answer.total, written, "blocks"))
     return Report(tuple(rows), (drawing, answer))
 
 
@@ -142,6 +144,7 @@ def trace(
     start = time.perf_counter()
     number = engine.add_request(prompt, sampling, render=render)
     spans: list[Span] = []
+    first_code = engine.config.qwen_config.vocab_size
     now = 0.0
     while engine.has_work:
         encoding = bool(engine.scheduler.to_encode)
@@ -152,18 +155,19 @@ def trace(
         before, now = now, time.perf_counter() - start
         if events and all(isinstance(event, RequestDone) for event in events):
             continue
-        spans.append(Span("encode" if encoding else _stage(events), before, now))
+        spans.append(Span("encode" if encoding else _stage(events, first_code), before, now))
         if any(isinstance(event, ImageDone) for event in events):
             spans[-1:] = _split_last(spans)
     return Trace(name, tuple(spans))
 
 
-def _stage(events: list[Event]) -> str:
+def _stage(events: list[Event], first_code: int) -> str:
     for event in events:
         if isinstance(event, ImageProgress):
             return "denoise"
         if isinstance(event, BlockEvent):
-            return "block" if event.index else "prompt"
+            kind = "visual block" if event.ids[0] >= first_code else "text block"
+            return kind if event.index else "prompt"
     return "prompt"  # a chunk of it, or the block that closes an image
 
 

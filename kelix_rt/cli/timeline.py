@@ -9,29 +9,32 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kelix_rt.measure import STAGES, Trace
 
-COLOURS = dict(zip(STAGES, ("#b8860b", "#8a8f98", "#2f6fb2", "#3f9b5f", "#b5533c"), strict=True))
+COLOURS = dict(
+    zip(STAGES, ("#b8860b", "#8a8f98", "#7fb0de", "#2f6fb2", "#3f9b5f", "#b5533c"), strict=True)
+)
 LABELS = {
     "encode": "picture -> codes",
     "prompt": "prompt",
-    "block": "block",
+    "text block": "text block",
+    "visual block": "visual block",
     "denoise": "denoise step",
     "decode": "latent -> pixels",
 }
-WIDTH, MARGIN, LANE, BAR = 1200, 24, 84, 36
+WIDTH, MARGIN, TITLE, LANE, BAR = 1200, 24, 40, 84, 36
 GAP_FROM = 4  # pixels from which on steps are drawn with a gap between them
 
 
 def draw_timeline(traces: Sequence[Trace], title: str) -> Image.Image:
     """The picture; all lanes share one time axis that ends with the longest trace."""
-    height = 2 * MARGIN + 40 + LANE * len(traces) + 60
+    height = 2 * MARGIN + TITLE + LANE * len(traces) + 60
     image = Image.new("RGB", (WIDTH, height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
     longest = max(trace.total for trace in traces)
     scale = (WIDTH - 2 * MARGIN) / longest
     pen.text((MARGIN, MARGIN), title, fill="black", font=font)
     for number, trace in enumerate(traces):
-        _draw_lane(pen, font, trace, MARGIN + 40 + LANE * number, scale)
-    _draw_axis(pen, font, longest, scale, MARGIN + 40 + LANE * len(traces))
+        _draw_lane(pen, font, trace, MARGIN + TITLE + LANE * number, scale)
+    _draw_axis(pen, font, longest, scale, MARGIN + TITLE + LANE * len(traces))
     return image
 
 
@@ -66,7 +69,7 @@ def _draw_axis(
     for stage, label in LABELS.items():
         pen.rectangle((x, top + 38, x + 14, top + 52), fill=COLOURS[stage])
         pen.text((x + 20, top + 35), label, fill="black", font=font)
-        x += 200
+        x += 180
 
 
 def _tick(longest: float) -> float:
