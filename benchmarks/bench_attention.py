@@ -8,27 +8,44 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.compare import against_peers
+from benchmarks.compare import Call, Comparison
+from benchmarks.peers import compiled, installed
 from kelix_rt import ops
 from kelix_rt.testing import randn
 
 BATCH, CONTEXT, HEADS, KV_HEADS, DIM, PAGE = 16, 2048, 32, 8, 128, 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def flashinfer_decode(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Call | str:
+    """FlashInfer's decode wrapper over the same pages, planned before it is timed."""
+    if not q.is_cuda:
+        return "needs a GPU"
+    flashinfer = installed("flashinfer")
+    if flashinfer is None:
+        return "not installed"
+    if q.dtype == torch.float32:
+        return "has no float32"
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+    starts = torch.arange(BATCH + 1, dtype=torch.int32, device=q.device) * table.shape[1]
+    last = torch.full((BATCH,), PAGE, dtype=torch.int32, device=q.device)
+    wrapper.plan(starts, table.flatten(), last, HEADS, KV_HEADS, DIM, PAGE, q_data_type=q.dtype)
+    return lambda: wrapper.run(q, (k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.inference_mode()
-def test_decode(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
+def test_decode(compare: Comparison, device: str, dtype: torch.dtype) -> None:
     pages = BATCH * CONTEXT // PAGE
-    k = randn(pages, KV_HEADS, PAGE, DIM, dtype=dtype)
-    v = randn(pages, KV_HEADS, PAGE, DIM, dtype=dtype, seed=1)
-    q = randn(BATCH, HEADS, DIM, dtype=dtype, seed=2)
+    k = randn(pages, KV_HEADS, PAGE, DIM, dtype=dtype, device=device)
+    v = randn(pages, KV_HEADS, PAGE, DIM, dtype=dtype, device=device, seed=1)
+    q = randn(BATCH, HEADS, DIM, dtype=dtype, device=device, seed=2)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(3))
-    table = order.int().view(BATCH, -1)
-    lengths = torch.full((BATCH,), CONTEXT, dtype=torch.int32)
-    starts = torch.arange(BATCH + 1, dtype=torch.int32)
+    table = order.int().view(BATCH, -1).to(device)
+    lengths = torch.full((BATCH,), CONTEXT, dtype=torch.int32, device=device)
+    starts = torch.arange(BATCH + 1, dtype=torch.int32, device=device)
 
     def ours() -> Tensor:
         return ops.paged_attention(q, k, v, table, lengths, starts, DIM**-0.5)
@@ -41,11 +58,19 @@ def test_decode(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
         )
         return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
 
+    peers: dict[str, Call | str] = {
+        "gather_sdpa": gather_sdpa,
+        "compiled": compiled(gather_sdpa),
+        "flashinfer": flashinfer_decode(q, k, v, table),
+    }
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(ours(), gather_sdpa(), atol=tolerance, rtol=tolerance)
-    against_peers(
-        benchmark,
+    for call in peers.values():
+        if not isinstance(call, str):
+            torch.testing.assert_close(ours(), call(), atol=tolerance, rtol=tolerance)
+    compare(
         ours,
-        {"gather_sdpa": gather_sdpa},
+        peers,
         {"read_once": lambda: (k.view(torch.int16).max(), v.view(torch.int16).max())},
+        num_bytes=2 * k.numel() * dtype.itemsize,
+        repeats=2,
     )

@@ -1,4 +1,4 @@
-"""A visual block of the mid-size language model against the released algorithm in plain torch.
+"""Blocks of the mid-size language model, against the released algorithm and transformers' Qwen3.
 
 Floor: the weights one block must read. Mid-size, float32: backbone 8 x 12.6 MB, head rows of
 slot 0 (34,816 x 512) 71 MB, seven sub-codebooks 29 MB, Block Decoder 4.5 MB: about 205 MB, which
@@ -7,137 +7,170 @@ two cores of a server read in 7 to 12 ms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.checkpoints import MID_SIZE
+from benchmarks.checkpoints import MID_SIZE, prefer_text
+from benchmarks.compare import Comparison, Machine
+from benchmarks.decode_loop import GREEDY, QWEN, SAMPLED, DecodeLoop, text_rows, visual_row
 from benchmarks.reference_llm import ReferenceLM
-from kelix_rt.models.backbone import PagedKV, StepContext
+from kelix_rt import Engine, SamplingParams
 from kelix_rt.models.language_model import KelixLM
-from kelix_rt.testing import median_seconds
 
-QWEN = MID_SIZE["qwen_config"]
-BOOK = QWEN["codebook_size"] // QWEN["n_q_tokens"]
-CONTEXT = 64
-
-
-def prompt_rows(count: int) -> Tensor:
-    """Text rows [count, N + 1]."""
-    rows = torch.full((count, QWEN["n_q_tokens"] + 1), QWEN["q_eos_token"])
-    rows[:, 0] = torch.arange(count) + 100
-    return rows
-
-
-def visual_row() -> Tensor:
-    """One row of codes [1, N + 1]."""
-    slots = torch.arange(QWEN["n_q_tokens"])
-    codes = QWEN["vocab_size"] + slots * BOOK + 7
-    return torch.cat((codes, torch.tensor([QWEN["q_eos_token"]]))).unsqueeze(0)
-
-
-class DecodeLoop:
-    """The package's model decoding `batch` requests whose next blocks are visual ones.
-
-    Random weights pick text more often than codes at slot 0, and a text block costs only one slot,
-    so the head's text rows are scaled down.
-    """
-
-    def __init__(self, path: Path, batch: int, temperature: float) -> None:
-        self.lm = KelixLM.from_pretrained(path)
-        force_visual(self.lm.head)
-        pages = -(-(CONTEXT + 1) // 16)
-        self.kv = PagedKV.allocate(self.lm.config.qwen_config, batch * pages, 16)
-        tables = [list(range(b * pages, (b + 1) * pages)) for b in range(batch)]
-        prefill = StepContext.of_chunks(tables, [0] * batch, [CONTEXT] * batch, 16)
-        self.lm(prompt_rows(CONTEXT).repeat(batch, 1), prefill, self.kv)
-        self.ctx = StepContext.of_chunks(tables, [CONTEXT] * batch, [1] * batch, 16)
-        self.rows = visual_row().repeat(batch, 1)
-        params = torch.tensor([temperature, 50.0, 0.9, 0.0])
-        self.params = params.expand(batch, QWEN["n_q_tokens"] + 1, 4).contiguous()
-        self.seeds = torch.arange(batch)
-        self.steps = torch.zeros(batch, dtype=torch.int64)
-
-    def step(self) -> Tensor:
-        """Feed one visual block per request, return the next blocks [batch, N + 1]."""
-        hidden = self.lm(self.rows, self.ctx, self.kv)
-        ids, _ = self.lm.decode_blocks(hidden, self.params, self.seeds, self.steps)
-        return ids
-
-
-def force_visual(head: Tensor) -> None:
-    """Make the first sub-codebook win slot 0 whatever the state.
-
-    Text logits shrink to nothing, and the largest of 2,048 random logits is far above zero.
-    """
-    with torch.no_grad():
-        head[: QWEN["vocab_size"]] *= 1e-3
+CONTEXT, LONG = 64, 2048
+VISUAL_BYTES, TEXT_BYTES = 205_000_000, 176_000_000
+NEW_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
-def reference(mid_size_lm: Path) -> ReferenceLM:
+def lm(mid_size: Path, device: str) -> KelixLM:
+    """The package's model; its greedy blocks are visual."""
+    return KelixLM.from_pretrained(mid_size, device)
+
+
+@pytest.fixture(scope="module")
+def writer(mid_size: Path, device: str) -> KelixLM:
+    """The same, but its blocks are text."""
+    lm = KelixLM.from_pretrained(mid_size, device)
+    prefer_text(lm.head)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def reference(mid_size: Path, device: str) -> ReferenceLM:
     """The released algorithm on the same weights, its context filled."""
-    tensors = load_file(mid_size_lm / "model.safetensors")
-    force_visual(tensors["model.model.output.weight"])
-    return ReferenceLM(MID_SIZE, tensors)
+    tensors = load_file(mid_size / "model.safetensors", device=device)
+    reference = ReferenceLM(MID_SIZE, tensors)
+    with torch.device(device), torch.inference_mode():
+        reference.backbone(text_rows(CONTEXT).to(device))
+    return reference
 
 
-def reference_step(reference: ReferenceLM) -> Tensor:
+def reference_step(reference: ReferenceLM, device: str, top_k: int) -> Tensor:
     """One visual block of the reference at the benchmark's context length."""
     keys, values = list(reference.keys), list(reference.values)
-    block = reference.step(visual_row(), temperature=0.7, top_k=50, top_p=0.9)
+    with torch.device(device):
+        block = reference.step(visual_row().to(device), temperature=0.7, top_k=top_k, top_p=0.9)
     reference.keys, reference.values = keys, values
     return block
 
 
-def assert_best_of_each_book(reference: ReferenceLM, block: Tensor) -> None:
-    """The reference's own logits along `block` peak, in every slot's sub-codebook, at its id.
-
-    (Over the whole vocabulary random weights peak anywhere; a trained head peaks in the book.)
-    """
-    keys, values = list(reference.keys), list(reference.values)
-    hidden = reference.backbone(visual_row())
-    reference.keys, reference.values = keys, values
-    inputs = torch.cat((hidden, reference.table[block[:-2]])).unsqueeze(0)
-    for slot, logits in enumerate(reference.token_head(inputs)[0]):
-        first = QWEN["vocab_size"] + slot * BOOK
-        assert first + int(logits[first : first + BOOK].argmax()) == int(block[slot])
-
-
 @torch.inference_mode()
-def test_visual_block_against_reference(
-    benchmark: BenchmarkFixture, mid_size_lm: Path, reference: ReferenceLM
+def test_visual_block_against_the_release(
+    compare: Comparison, device: str, lm: KelixLM, reference: ReferenceLM
 ) -> None:
-    reference.reset()
-    reference.backbone(prompt_rows(CONTEXT))
-    greedy = DecodeLoop(mid_size_lm, batch=1, temperature=0.0).step()
-    assert_best_of_each_book(reference, greedy[0])
+    greedy = DecodeLoop(lm, 1, CONTEXT, GREEDY, visual_row()).step()[0]
+    assert torch.equal(greedy, reference_step(reference, device, top_k=1))
 
-    sampled = DecodeLoop(mid_size_lm, batch=1, temperature=0.7)
-    theirs = median_seconds(lambda: reference_step(reference), repeats=5)
-    block = benchmark(sampled.step)
-    assert bool((block[:, :-1] >= QWEN["vocab_size"]).all()), "the timed block must be visual"
-    mine = benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "reference_ms": round(theirs * 1e3, 1),
-        "visual_block_ms": round(mine * 1e3, 2),
-        "ratio": round(theirs / mine, 1),
-    }
-    print(
-        f"\nvisual block {mine * 1e3:.1f} ms, reference {theirs * 1e3:.1f} ms, "
-        f"ratio {theirs / mine:.1f}"
+    sampled = DecodeLoop(lm, 1, CONTEXT, SAMPLED, visual_row())
+    assert bool((sampled.step()[:, :-1] >= QWEN["vocab_size"]).all()), "the block must be visual"
+    ratios = compare(
+        sampled.step,
+        {"released": lambda: reference_step(reference, device, top_k=50)},
+        num_bytes=VISUAL_BYTES,
+        graph=False,
     )
-    assert theirs / mine >= 5
+    assert ratios["released"] >= 8
 
 
+def time_blocks(
+    compare: Comparison, step: Callable[[], Tensor], batch: int, num_bytes: int
+) -> None:
+    """Times a loop's step, whose weights are read once for the whole batch."""
+    compare(step, {}, num_bytes=num_bytes, graph=False)
+    milliseconds = compare.benchmark.extra_info["ms"]
+    compare.record({"blocks_per_second": round(batch / milliseconds * 1e3, 1)})
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("context", [CONTEXT, LONG])
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @torch.inference_mode()
-def test_visual_block_batched(benchmark: BenchmarkFixture, mid_size_lm: Path, batch: int) -> None:
-    loop = DecodeLoop(mid_size_lm, batch=batch, temperature=0.7)
-    block = benchmark(loop.step)
-    assert block.shape == (batch, QWEN["n_q_tokens"] + 1)
-    benchmark.extra_info["blocks_per_second"] = round(batch / benchmark.stats.stats.median, 1)
+def test_visual_block(
+    compare: Comparison, lm: KelixLM, batch: int, context: int, sampling: tuple[float, ...]
+) -> None:
+    loop = DecodeLoop(lm, batch, context, sampling, visual_row())
+    assert bool((loop.step()[:, :-1] >= QWEN["vocab_size"]).all()), "the block must be visual"
+    time_blocks(compare, loop.step, batch, VISUAL_BYTES + kv_bytes(batch, context))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("context", [CONTEXT, LONG])
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@torch.inference_mode()
+def test_text_block(
+    compare: Comparison, writer: KelixLM, batch: int, context: int, sampling: tuple[float, ...]
+) -> None:
+    loop = DecodeLoop(writer, batch, context, sampling, text_rows(1))
+    assert bool((loop.step()[:, 0] < QWEN["vocab_size"]).all()), "the block must be text"
+    time_blocks(compare, loop.step, batch, TEXT_BYTES + kv_bytes(batch, context))
+
+
+def kv_bytes(batch: int, context: int) -> int:
+    """Keys and values a step reads, in float32."""
+    return batch * context * 2 * QWEN["num_layers"] * QWEN["num_kv_heads"] * QWEN["head_dim"] * 4
+
+
+def qwen3(machine: Machine) -> torch.nn.Module:
+    """transformers' Qwen3 of the backbone's shapes and vocabulary, with random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=QWEN["vocab_size"],
+        hidden_size=QWEN["embed_dim"],
+        intermediate_size=QWEN["intermediate_dim"],
+        num_hidden_layers=QWEN["num_layers"],
+        num_attention_heads=QWEN["num_heads"],
+        num_key_value_heads=QWEN["num_kv_heads"],
+        head_dim=QWEN["head_dim"],
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config).eval().to(machine.device)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_text_against_transformers(
+    compare: Comparison, machine: Machine, mid_size: Path, batch: int
+) -> None:
+    """Whole calls, prompts of 64 and 32 new tokens. Ours runs the Block Decoder on top of it."""
+    engine = Engine.from_pretrained(
+        mid_size, device=machine.device, max_model_len=256, prefix_cache=False
+    )
+    prefer_text(engine.runner.model.head)
+    prompts = torch.randint(0, 32000, (batch, 64), generator=torch.Generator().manual_seed(0))
+    sampling = SamplingParams(temperature=0.0, max_blocks=NEW_TOKENS, ignore_eos=True)
+    peer, ids = qwen3(machine), prompts.to(machine.device)
+
+    def ours() -> None:
+        for output in engine.generate([row.tolist() for row in prompts], sampling):
+            assert len(output.blocks) == NEW_TOKENS
+
+    def theirs() -> None:
+        out = peer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+        )
+        assert out.shape[1] == ids.shape[1] + NEW_TOKENS
+
+    best = machine.best_seconds({"ours": ours, "transformers": theirs})
+    compare.benchmark.pedantic(ours, rounds=1)
+    tokens = batch * NEW_TOKENS
+    compare.record(
+        {
+            "tokens_per_second": round(tokens / best["ours"], 1),
+            "transformers_tokens_per_second": round(tokens / best["transformers"], 1),
+            "ratio": round(best["transformers"] / best["ours"], 2),
+        }
+    )
+    assert best["ours"] <= best["transformers"]

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.models import plain_dit, plain_tokenizer
+
+# The released layout at a width where one image of 224 x 224 takes some 10 ms.
+TOKENIZER: dict[str, Any] = plain_tokenizer.make_config(
+    {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    },
+    codebook_size=16384,
+    embedding_dim=64,
+    llm_hidden_size=512,
+    n_q_tokens=8,
+    split_voc=8,
+)
+del TOKENIZER["__class__"]  # nested configs carry none
 
 # Between the golden models and the release: big enough that its time is spent in its weights, small
 # enough for two CPU cores.
@@ -36,14 +55,7 @@ MID_SIZE: dict[str, Any] = {
         "codebook_size": 16384,
         "n_q_tokens": 8,
     },
-    "tokenizer_config": {
-        "model_class": "KeyeImageTokenizer",
-        "vision_config": {"model_class": "KeyeVisionModel"},
-        "codebook_size": 16384,
-        "n_q_tokens": 8,
-        "split_voc": 8,
-        "llm_hidden_size": 512,
-    },
+    "tokenizer_config": TOKENIZER,
     "token_decoder_config": {
         "d_model": 256,
         "nhead": 4,
@@ -54,6 +66,37 @@ MID_SIZE: dict[str, Any] = {
         "eos_token": 32513,
         "input_dim": 512,
     },
+}
+
+# The image DiT that belongs to it: 512 x 512 pixels, conditions as wide as the language model.
+MID_SIZE_DIT: dict[str, Any] = plain_dit.options(
+    input_size=16,
+    in_channels=32,
+    hidden_size=512,
+    depth=6,
+    num_heads=8,
+    mlp_ratio=2.5,
+    caption_channels=512,
+    linear_head_dim=32,
+    connector_channels=512,
+    model_max_length=720,
+)
+
+# 32 times smaller latents as the release has, but few channels: both sides decode with diffusers.
+VAE: dict[str, Any] = {
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (8, 16, 32, 64, 64, 64),
+    "decoder_block_out_channels": (8, 16, 32, 64, 64, 64),
+    "encoder_layers_per_block": (0, 1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (0, 1, 1, 1, 1, 1),
+    "encoder_qkv_multiscales": ((), (), (), (), (), ()),
+    "decoder_qkv_multiscales": ((), (), (), (), (), ()),
+    "upsample_block_type": "interpolate",
+    "decoder_conv_act_fn": "relu",
+    "scaling_factor": 0.41407,
 }
 
 
@@ -121,11 +164,61 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[st
     return tensors
 
 
-def write_language_model(directory: Path, config: dict[str, Any] | None = None) -> Path:
-    """Write a random Kelix-LLM checkpoint (once per directory) and return the directory."""
-    config = config or MID_SIZE
-    if not (directory / "config.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(random_tensors(language_model_shapes(config)), directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
+def steer_to_codes(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Changes random weights so that slot j takes sub-codebook j, as training makes it.
+
+    Channel j, of the Block Decoder and of the state, says that slot j is next: nothing but the
+    slot's position embedding writes it, and the head's rows of sub-codebook j read it. Within a
+    sub-codebook the choice stays as random as the weights are. Embeddings grow, or every block
+    would be nearly the one before it.
+    """
+    qwen, slots = config["qwen_config"], config["qwen_config"]["n_q_tokens"]
+    text, book = qwen["vocab_size"], qwen["codebook_size"] // slots
+    positions = tensors["model.model.token_head.position_embedding.weight"]
+    outward = tensors["model.model.token_head.output_linear.weight"]
+    table = tensors["model.model.tok_embeddings.embed_tokens.weight"]
+    head = tensors["model.model.output.weight"]
+    writers = re.compile(r".*(attn\.output_proj|mlp\.w2|input_linear|output_linear)\.(weight|bias)")
+    for name, tensor in tensors.items():
+        if writers.fullmatch(name):
+            tensor[:slots] = 0
+    table *= 20
+    for matrix in (table, head, positions):
+        matrix[:, :slots] = 0
+    for slot in range(slots):
+        positions[slot, slot] = outward[slot, slot] = 8.0
+        head[text + slot * book : text + (slot + 1) * book, slot] = 2.0
+
+
+def prefer_text(head: Tensor) -> None:
+    """Makes text win slot 0 of a steered model; head [VT, D] is changed in place."""
+    with torch.no_grad():
+        head[: MID_SIZE["qwen_config"]["vocab_size"], 0] = 4.0
+
+
+def write_language_model(directory: Path) -> Path:
+    """Writes the mid-size Kelix-LLM with its vision tokenizer, random but for `steer_to_codes`."""
+    tensors = random_tensors(language_model_shapes(MID_SIZE))
+    steer_to_codes(MID_SIZE, tensors)
+    state = plain_tokenizer.make_state(TOKENIZER)
+    tensors |= {f"visual_tokenizer.{name}": tensor for name, tensor in state.items()}
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(MID_SIZE, indent=2))
+    return directory
+
+
+def dit_tensors() -> dict[str, Tensor]:
+    """Random tensors of the mid-size image DiT under the stored names."""
+    return plain_dit.random_tensors(MID_SIZE_DIT, rows=MID_SIZE_DIT["model_max_length"])
+
+
+def write_kelix(directory: Path) -> Path:
+    """Writes a whole mid-size Kelix: language model, vision tokenizer, dit/ and vae/."""
+    from diffusers import AutoencoderDC
+
+    write_language_model(directory)
+    plain_dit.write(directory / "dit", MID_SIZE_DIT, dit_tensors())
+    torch.manual_seed(0)
+    AutoencoderDC(**VAE).save_pretrained(str(directory / "vae"))
     return directory

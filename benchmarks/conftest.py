@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: two threads, the mid-size checkpoint, one results table."""
+"""Shared by all benchmarks: the device, its threads and rates, mid-size checkpoints, the table."""
 
 from __future__ import annotations
 
@@ -6,18 +6,53 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.checkpoints import write_language_model
+from benchmarks.checkpoints import write_kelix
+from benchmarks.compare import Comparison, Machine
 
-THREADS = 2
+MACHINE = pytest.StashKey[Machine]()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _threads() -> None:
-    torch.set_num_threads(THREADS)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--threads: of torch, 2 by default so that results of different machines stay comparable."""
+    parser.addoption("--threads", type=int, default=2, help="threads of the CPU benchmarks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the device: a GPU where there is one."""
+    torch.set_num_threads(config.getoption("--threads"))
+    config.stash[MACHINE] = Machine("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The rows of the session, which pytest would show for failing benchmarks only."""
+    for name, facts in config.stash[MACHINE].rows.items():
+        text = ", ".join(f"{fact} {value}" for fact, value in facts.items())
+        terminalreporter.write_line(f"{name}: {text}")
 
 
 @pytest.fixture(scope="session")
-def mid_size_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random Kelix-LLM of about 390 MB in float32."""
-    return write_language_model(tmp_path_factory.mktemp("checkpoints") / "mid_size")
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """The device and its rates."""
+    return request.config.stash[MACHINE]
+
+
+@pytest.fixture(scope="session")
+def device(machine: Machine) -> str:
+    """Name of the device."""
+    return machine.device
+
+
+@pytest.fixture
+def compare(benchmark: BenchmarkFixture, machine: Machine) -> Comparison:
+    """Times a call against its peers."""
+    return Comparison(benchmark, machine)
+
+
+@pytest.fixture(scope="session")
+def mid_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Kelix of about 500 MB in float32, with dit/ and vae/."""
+    return write_kelix(tmp_path_factory.mktemp("checkpoints") / "mid_size")

@@ -54,25 +54,34 @@ def load_parts(
         )
     target, wanted = choose_device(device), choose_dtype(dtype)
     language = KelixLM.from_pretrained(directory, target, wanted, on_tensor)
-    needs = language_workspaces(config, chosen, language.dtype)
     drawing = find_drawing(directory, dit, vae)
     render = None
     if drawing is not None:
         # The release runs all of its models in one dtype, the language model's.
         render = _load_render(drawing, target, language, chosen, on_tensor)
-        needs += render_workspaces(render.dit.config, render.vae.config, chosen, language.dtype)
-    positions = max_positions(config, chosen)
-    free = available_bytes(target) - sum(need.num_bytes for need in needs)
-    pages = choose_pages(config, chosen, language.dtype, max(free, 0))
-    pool = PagePool(pages, chosen.page_size, config.num_codes + 1)
+    return assemble(directory, language, render, chosen)
+
+
+def assemble(
+    directory: Path, language: KelixLM, render: RenderStage | None, options: EngineConfig
+) -> Parts:
+    """Books the KV cache in what memory is left, and puts the parts together."""
+    config = language.config
+    needs = language_workspaces(config, options, language.dtype)
+    if render is not None:
+        needs += render_workspaces(render.dit.config, render.vae.config, options, language.dtype)
+    positions = max_positions(config, options)
+    free = available_bytes(language.device) - sum(need.num_bytes for need in needs)
+    pages = choose_pages(config, options, language.dtype, max(free, 0))
+    pool = PagePool(pages, options.page_size, config.num_codes + 1)
     scheduler = Scheduler(
         pool,
-        max_batch=chosen.max_batch,
-        max_step_tokens=chosen.max_step_tokens,
-        prefix_cache=chosen.prefix_cache,
+        max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens,
+        prefix_cache=options.prefix_cache,
     )
-    runner = Runner(language, pool, chosen, max_positions=positions, render=render)
-    return Parts(directory, runner, scheduler, chosen, positions)
+    runner = Runner(language, pool, options, max_positions=positions, render=render)
+    return Parts(directory, runner, scheduler, options, positions)
 
 
 def _load_render(

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+FLUSH_BYTES = 256 << 20  # larger than any cache
+
 
 def randn(
     *shape: int,
@@ -45,11 +47,14 @@ def assert_as_accurate_as_torch(got: Tensor, in_dtype: Tensor, exact: Tensor) ->
     )
 
 
-def median_seconds(call: Callable[[], object], device: str = "cpu", repeats: int = 9) -> float:
+def median_seconds(
+    call: Callable[[], object], device: str = "cpu", repeats: int = 9, graph: bool = False
+) -> float:
     """Median time of a call in seconds, after one warm-up call.
 
     On a GPU: CUDA events around each call, with a write of 256 MiB before it so that no input is
-    still in the L2 cache.
+    still in the L2 cache. graph: the call is captured once and replayed, which leaves out the
+    time the host takes to launch it; it must not synchronise then. Has no effect on a CPU.
     """
     call()
     if not device.startswith("cuda"):
@@ -59,15 +64,44 @@ def median_seconds(call: Callable[[], object], device: str = "cpu", repeats: int
             call()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
-    flush = torch.empty(64 << 20, dtype=torch.float32, device=device)
+    run = _captured(call, device) if graph else call
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     events = []
     for _ in range(repeats):
         begin_event = torch.cuda.Event(enable_timing=True)
         end_event = torch.cuda.Event(enable_timing=True)
         flush.zero_()
         begin_event.record()
-        call()
+        run()
         end_event.record()
         events.append((begin_event, end_event))
     torch.cuda.synchronize(device)
     return statistics.median(begin.elapsed_time(end) * 1e-3 for begin, end in events)
+
+
+def _captured(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """Replays `call`. Warm-up runs on the capture's own stream: lazy set-up cannot be captured."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second that a copy of 256 MiB moves, reads and writes counted."""
+    source = torch.ones(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2 * FLUSH_BYTES / median_seconds(lambda: target.copy_(source), device)
+
+
+def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP per second of torch's own product of two square matrices."""
+    side = 8192 if device.startswith("cuda") else 2048
+    a = randn(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / median_seconds(lambda: a @ a, device, repeats=5)

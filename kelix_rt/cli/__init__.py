@@ -1,4 +1,4 @@
-"""The `kelix` command: chat, draw, encode, reconstruct, info, parity."""
+"""The `kelix` command: chat, draw, encode, reconstruct, info, bench, parity."""
 
 from __future__ import annotations
 

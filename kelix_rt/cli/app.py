@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kelix_rt.cli import generate, images, inspection, parity
+from kelix_rt.cli import bench, generate, images, inspection, parity
 from kelix_rt.cli.output import print_error
 from kelix_rt.errors import KelixError
 
@@ -22,6 +22,7 @@ app.command()(generate.draw)
 app.command()(images.encode)
 app.command()(images.reconstruct)
 app.command()(inspection.info)
+app.command()(bench.bench)
 app.command("parity")(parity.run_parity)
 
 

@@ -96,10 +96,14 @@ class PagedKV:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> PagedKV:
-        """A zeroed cache of num_pages pages of page_size positions."""
+        """A cache of num_pages pages of page_size positions.
+
+        Not initialised: nothing reads what no sequence wrote, and on a CPU a page takes real
+        memory only once it is used.
+        """
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-        k = torch.zeros(shape, dtype=dtype, device=device)
-        return cls(k, torch.zeros_like(k))
+        k = torch.empty(shape, dtype=dtype, device=device)
+        return cls(k, torch.empty_like(k))
 
     @staticmethod
     def page_bytes(config: QwenConfig, page_size: int, dtype: torch.dtype) -> int:

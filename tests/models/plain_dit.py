@@ -1,7 +1,8 @@
 """The image DiT in plain torch, straight from its formulas and with the stored tensor names.
 
-Slow and simple on purpose: one image at a time, convolutions as convolutions, masks as dropped
-tokens. The package's model is compared with it where no golden output exists.
+It computes what the released model computes, in the same order and with the same roundings, one
+torch call per formula. The package's model is compared with it where no golden output exists, and
+the benchmarks time it as the thing to beat.
 """
 
 from __future__ import annotations
@@ -122,11 +123,23 @@ def write(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Pat
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    """Root mean square norm over the last dimension, rounded before the weight is applied."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm without weight or bias."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def heads_of(x: Tensor, count: int) -> Tensor:
+    """[B, N, C] -> [B, count, N, C / count]."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 class PlainDiT:
-    """velocity() of one image; tokens that a mask would drop are simply not given."""
+    """velocity() of a batch; pads of the condition are attended with a bias of -10,000."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.config, self.tensors = config, tensors
@@ -134,53 +147,60 @@ class PlainDiT:
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
-    def tokens(self, condition: Tensor) -> Tensor:
-        """condition [n, K] -> what cross-attention reads, [n, C]."""
-        if self.config["use_connector"]:
-            x = F.gelu(self.linear("diffusion_connector.0", condition), approximate="tanh")
-            x = self.linear("diffusion_connector.2", x)
-            condition = rms(x, self.tensors["diffusion_connector.3.weight"])
-        return self.captions(condition)
+    def connect(self, condition: Tensor) -> Tensor:
+        """condition [B, L, K] -> caption space [B, L, P]; the release does it once per image."""
+        if not self.config["use_connector"]:
+            return condition
+        x = F.gelu(self.linear("diffusion_connector.0", condition), approximate="tanh")
+        x = self.linear("diffusion_connector.2", x)
+        return rms(x, self.tensors["diffusion_connector.3.weight"])
 
-    def captions(self, condition: Tensor) -> Tensor:
-        x = F.gelu(self.linear("y_embedder.y_proj.fc1", condition), approximate="tanh")
+    def captions(self, tokens: Tensor) -> Tensor:
+        """Caption space [B, L, P] -> what cross-attention reads, [B, L, C]."""
+        x = F.gelu(self.linear("y_embedder.y_proj.fc1", tokens), approximate="tanh")
         y = self.linear("y_embedder.y_proj.fc2", x)
         return (
             rms(y, self.tensors["attention_y_norm.weight"]) if self.config.get("y_norm", 1) else y
         )
 
+    def normed_pair(self, b: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of self-attention after their norms, if they have any."""
+        if not self.config["qk_norm"]:
+            return q, k
+        out = []
+        for part, x in (("q", q), ("k", k)):
+            weight = self.tensors[f"{b}.attn.{part}_norm.weight"]
+            bias = self.tensors.get(f"{b}.attn.{part}_norm.bias")
+            out.append(
+                rms(x, weight) if bias is None else F.layer_norm(x, x.shape[-1:], weight, bias)
+            )
+        return out[0], out[1]
+
     def self_attention(self, b: str, x: Tensor) -> Tensor:
         q, k, v = (self.linear(f"{b}.attn.to_{part}", x) for part in "qkv")
-        flash, normed = self.config.get("attn_type") == "flash", self.config["qk_norm"]
-        names = (f"{b}.attn.q_norm", f"{b}.attn.k_norm")
-        if normed and flash:
-            q, k = (
-                F.layer_norm(
-                    t, t.shape[-1:], self.tensors[f"{n}.weight"], self.tensors[f"{n}.bias"]
-                )
-                for t, n in zip((q, k), names, strict=True)
-            )
-        elif normed:
-            q, k = (rms(t, self.tensors[f"{n}.weight"]) for t, n in zip((q, k), names, strict=True))
-        heads = self.config["num_heads"] if flash else x.shape[1] // self.config["linear_head_dim"]
-        q, k, v = (t.unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
-        if flash:
-            out = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v
+        q, k = self.normed_pair(b, q, k)
+        if self.config.get("attn_type") == "flash":
+            q, k, v = (heads_of(t, self.config["num_heads"]) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v)
         else:
-            scores = q.relu() @ k.relu().transpose(1, 2)
-            out = (scores @ v) / (scores.sum(-1, keepdim=True) + 1e-8)
-        return self.linear(f"{b}.attn.proj", out.transpose(0, 1).flatten(1))
+            count = x.shape[-1] // self.config["linear_head_dim"]
+            q, k, v = (heads_of(t, count).float() for t in (q.relu(), k.relu(), v))
+            state = F.pad(v, (0, 1), value=1.0).transpose(-1, -2) @ k  # a row of ones below v
+            mixed = q @ state.transpose(-1, -2)
+            out = (mixed[..., :-1] / (mixed[..., -1:] + 1e-8)).to(x.dtype)
+        return self.linear(f"{b}.attn.proj", out.transpose(1, 2).flatten(2))
 
-    def cross_attention(self, b: str, x: Tensor, y: Tensor) -> Tensor:
+    def cross_attention(self, b: str, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         q = self.linear(f"{b}.cross_attn.q_linear", x)
         k, v = self.linear(f"{b}.cross_attn.to_k", y), self.linear(f"{b}.cross_attn.to_v", y)
         if self.config["cross_norm"]:
             q = rms(q, self.tensors[f"{b}.cross_attn.q_norm.weight"])
             k = rms(k, self.tensors[f"{b}.cross_attn.k_norm.weight"])
-        heads = self.config["num_heads"]
-        q, k, v = (t.unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
-        out = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v
-        return self.linear(f"{b}.cross_attn.proj", out.transpose(0, 1).flatten(1))
+        q, k, v = (heads_of(t, self.config["num_heads"]) for t in (q, k, v))
+        if bias is not None:
+            bias = bias.expand(-1, q.shape[1], q.shape[2], -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.linear(f"{b}.cross_attn.proj", out.transpose(1, 2).flatten(2))
 
     def feed_forward(self, b: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.config.get("ffn_type") == "mlp":
@@ -188,7 +208,7 @@ class PlainDiT:
             return self.linear(f"{b}.mlp.fc2", hidden)
         kinds = {"silu": F.silu, "gelu": F.gelu, None: lambda t: t}
         first, gate, last = (kinds[a] for a in self.config.get("mlp_acts", ["silu", "silu", None]))
-        planes = x.T.unflatten(1, grid).unsqueeze(0)
+        planes = x.transpose(1, 2).unflatten(2, grid)
         for conv, pad, groups, act in (("inverted", 0, 1, first), ("depth", 1, None, None)):
             weight = self.tensors[f"{b}.mlp.{conv}_conv.conv.weight"]
             bias = self.tensors[f"{b}.mlp.{conv}_conv.conv.bias"]
@@ -196,77 +216,46 @@ class PlainDiT:
             planes = act(planes) if act else planes
         a, g = planes.chunk(2, dim=1)
         out = F.conv2d(a * gate(g), self.tensors[f"{b}.mlp.point_conv.conv.weight"])
-        return last(out)[0].flatten(1).T
+        return last(out).flatten(2).transpose(1, 2)
 
-    def velocity(self, latent: Tensor, timestep: float, y: Tensor) -> Tensor:
-        """latent [Cin, h, w], y from `tokens` or `captions` -> [Cin, h, w]."""
+    def time(self, timestep: Tensor) -> Tensor:
+        """Timesteps [B], truncated to integers -> [B, C]."""
+        steps = torch.arange(128, dtype=torch.float32)
+        angles = timestep.long().float()[:, None] * torch.exp(-math.log(10000) * steps / 128)
+        wave = torch.cat((angles.cos(), angles.sin()), -1)
+        wave = wave.to(self.tensors["t_embedder.mlp.0.weight"].dtype)
+        return self.linear("t_embedder.mlp.2", F.silu(self.linear("t_embedder.mlp.0", wave)))
+
+    def velocity(
+        self, latent: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """latent [B, Cin, h, w], timestep [B], caption tokens [B, L, P], mask [B, L] of 1 and 0
+        -> [B, Cin, h, w]."""
         config, side = self.config, self.config["patch_size"]
         weight = self.tensors["x_embedder.proj.weight"]
+        latent = latent.to(weight.dtype)
         pad = side // 2 if side % 2 else 0
         cells = F.conv2d(
-            latent[None], weight, self.tensors["x_embedder.proj.bias"], stride=side, padding=pad
+            latent, weight, self.tensors["x_embedder.proj.bias"], stride=side, padding=pad
         )
         grid = (cells.shape[2], cells.shape[3])
-        x = cells[0].flatten(1).T
-        steps = torch.arange(128, dtype=torch.float32)
-        angles = float(int(timestep)) * torch.exp(-math.log(10000) * steps / 128)
-        wave = torch.cat((angles.cos(), angles.sin()))
-        time = self.linear("t_embedder.mlp.2", F.silu(self.linear("t_embedder.mlp.0", wave)))
-        shared = self.linear("t_block.1", F.silu(time)).unflatten(0, (6, -1))
-
-        def norm(t: Tensor) -> Tensor:
-            return F.layer_norm(t, t.shape[-1:], eps=1e-6)
-
+        x = cells.flatten(2).transpose(1, 2)
+        time = self.time(timestep)
+        shared = self.linear("t_block.1", F.silu(time)).unflatten(1, (6, -1))
+        y = self.captions(tokens)
+        bias = None if mask is None else ((1 - mask[:, None, None]) * -10000.0).to(x.dtype)
         for i in range(config["depth"]):
             b = f"blocks.{i}"
-            mod = self.tensors[f"{b}.scale_shift_table"] + shared
+            table = self.tensors[f"{b}.scale_shift_table"] + shared
+            mod = table.unsqueeze(2).unbind(1)
             x = x + mod[2] * self.self_attention(b, norm(x) * (1 + mod[1]) + mod[0])
             query = norm(x) if config.get("cross_attn_x_norm") else x
-            x = x + self.cross_attention(b, query, y)
+            x = x + self.cross_attention(b, query, y, bias)
             x = x + mod[5] * self.feed_forward(b, norm(x) * (1 + mod[4]) + mod[3], grid)
-        shift, scale = self.tensors["final_layer.scale_shift_table"] + time
+        final = self.tensors["final_layer.scale_shift_table"] + time.unsqueeze(1)
+        shift, scale = final.unsqueeze(2).unbind(1)
         out = self.linear("final_layer.linear", norm(x) * (1 + scale) + shift)
-        image = torch.zeros(out.shape[1] // side**2, grid[0] * side, grid[1] * side)
-        for n, token in enumerate(out):
-            row, column = divmod(n, grid[1])
-            patch = token.view(side, side, -1).permute(2, 0, 1)
-            image[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = patch
-        return image[: latent.shape[0]]
-
-
-RENAMES = (
-    ("x_embedder.proj", "patch_embed.proj"),
-    ("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
-    ("t_block.1", "time_embed.linear"),
-    ("y_embedder.y_proj.fc", "caption_projection.linear_"),
-    ("attention_y_norm", "caption_norm"),
-    ("cross_attn.q_linear", "attn2.to_q"),
-    ("cross_attn.to_", "attn2.to_"),
-    ("cross_attn.proj", "attn2.to_out.0"),
-    ("cross_attn.q_norm", "attn2.norm_q"),
-    ("cross_attn.k_norm", "attn2.norm_k"),
-    (".attn.to_", ".attn1.to_"),
-    (".attn.proj", ".attn1.to_out.0"),
-    (".attn.q_norm", ".attn1.norm_q"),
-    (".attn.k_norm", ".attn1.norm_k"),
-    ("mlp.inverted_conv.conv", "ff.conv_inverted"),
-    ("mlp.depth_conv.conv", "ff.conv_depth"),
-    ("mlp.point_conv.conv", "ff.conv_point"),
-    ("final_layer.linear", "proj_out"),
-    ("final_layer.scale_shift_table", "scale_shift_table"),
-    ("blocks.", "transformer_blocks."),
-)
-
-
-def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint under the names of diffusers' SanaTransformer2DModel."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.startswith(("pos_embed", "y_embedder.y_embedding", "diffusion_connector")):
-            continue
-        target = name
-        for old, new in RENAMES:
-            target = target.replace(old, new)
-        renamed[target] = tensor
-    return renamed
+        # fold() wants the channel outside the place in the patch, the model writes it inside.
+        patches = out.unflatten(2, (side * side, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
+        size = (grid[0] * side, grid[1] * side)
+        return F.fold(patches, size, side, stride=side)[:, : latent.shape[1]]

@@ -141,10 +141,10 @@ def test_dit(tmp_path: Path, changes: dict[str, Any]) -> None:
     mask = torch.arange(7) < torch.tensor([[7], [4]])
     times = torch.tensor([300.0, 900.0])
     got = dit.velocity(latent, times, condition, mask)
-    want = torch.stack(
+    want = torch.cat(
         [
-            plain.velocity(latent[i], float(times[i]), plain.tokens(condition[i, :length]))
-            for i, length in enumerate((7, 4))
+            plain.velocity(latent[i, None], times[i, None], plain.connect(condition[i, None, :n]))
+            for i, n in enumerate((7, 4))
         ]
     )
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
