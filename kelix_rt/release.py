@@ -18,12 +18,15 @@ from kelix_rt.engine import Engine
 from kelix_rt.errors import CapacityError, ConfigError
 from kelix_rt.loading import assemble, choose_device, choose_dtype
 from kelix_rt.measure import Workload
-from kelix_rt.memory import available_bytes, kv_bytes_per_block, step_bytes
+from kelix_rt.memory import available_bytes, kv_bytes_per_block
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.language_model import KelixLM
+from kelix_rt.models.vae import Autoencoder
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.request import Prompt, RenderParams, SamplingParams
+from kelix_rt.stages.render import RenderStage
 from kelix_rt.tokenizer_config import TokenizerConfig, VisionConfig
+from kelix_rt.workspace import language_workspaces
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -105,8 +108,6 @@ def random_engine(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Eng
     """An engine of these sizes. Raises CapacityError before anything is allocated."""
     from diffusers import AutoencoderDC
 
-    from kelix_rt.stages.render import RenderStage
-
     options = EngineConfig()
     with torch.device("meta"):
         language = KelixLM(sizes.kelix)
@@ -128,7 +129,7 @@ def random_engine(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Eng
         tokenizer.set_codebooks(torch.randn(shape, device=device, dtype=dtype))
     language.prepare()
     language.visual_tokenizer = tokenizer
-    render = RenderStage(dit, vae, options.max_condition_length)
+    render = RenderStage(dit, Autoencoder.of(vae), options.max_condition_length)
     built = assemble(Path(), language, render, options)
     return Engine(built.runner, built.scheduler, built.options, built.max_positions)
 
@@ -145,7 +146,8 @@ def _require_memory(
         name: sum(t.numel() for t in (*part.parameters(), *part.buffers())) * dtype.itemsize
         for name, part in parts.items()
     }
-    ledger["workspace of a step"] = step_bytes(config, options, dtype)
+    needs = language_workspaces(config, options, dtype)
+    ledger["workspaces"] = sum(need.num_bytes for need in needs)
     ledger["keys and values of a drawing"] = 2 * BLOCKS * kv_bytes_per_block(config, dtype)
     needed, free = sum(ledger.values()), available_bytes(device)
     if needed > free:
@@ -180,6 +182,7 @@ def release_workload(engine: Engine, render: RenderParams, blocks: int = BLOCKS)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(side * side, vision.num_channels, patch, patch, generator=generator)
     prompt = list(range(16))
+    assert qwen.image_token_id is not None
     places = [qwen.image_token_id] * (side * side // 4)
     question = Prompt(
         [*prompt, engine.runner.vision_start, *places, engine.runner.vision_end, *prompt],

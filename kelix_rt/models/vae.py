@@ -38,6 +38,13 @@ class Autoencoder:
         self._checkpoint = Checkpoint(path)
         self._device, self._dtype = device, dtype
 
+    @classmethod
+    def of(cls, module: AutoencoderDC) -> Autoencoder:
+        """The same around a model that is loaded."""
+        made = cls.__new__(cls)
+        made.config, made.module = dict(module.config), module
+        return made
+
     @property
     def rate(self) -> int:
         """Pixels of one latent position along each side."""
