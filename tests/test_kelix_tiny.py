@@ -15,6 +15,7 @@ from kelix_rt import Engine, RenderParams, SamplingParams
 from kelix_rt.assets import BUNDLED, bundled
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.request import Prompt
+from kelix_rt.train.evaluate import Amounts, drawings, judged, reconstruction
 from kelix_rt.train.export import MAX_BYTES, require_checkpoint_world
 from kelix_rt.train.world import draw, make_sample
 
@@ -109,6 +110,17 @@ def test_a_given_picture_stands_where_a_drawing_has_it(engine: Engine) -> None:
     assert [id_ for id_ in first[1:-1] if id_ < config.vocab_size] == [
         id_ for id_ in layout if id_ != config.image_token_id
     ]
+
+
+def test_it_draws_what_codes_and_prompts_say(engine: Engine) -> None:
+    """Codes are painted well, prompts followed in part (docs/kelix-tiny.md has all figures)."""
+    amounts = Amounts(reconstructed=16, steps=10)
+    painted = reconstruction(engine, amounts)
+    assert painted["count"]["accuracy"] >= 0.9 and painted["location"]["accuracy"] >= 0.9
+    assert painted["colour"]["accuracy"] >= 0.8 and painted["background"]["accuracy"] >= 0.9
+    samples = [make_sample("test", index) for index in range(40)]
+    drawn = judged(samples, drawings(engine, samples, amounts))
+    assert drawn["background"]["accuracy"] >= 0.9 and drawn["count"]["accuracy"] >= 0.5
 
 
 LOAD = """
