@@ -180,6 +180,7 @@ def release_workload(engine: Engine, render: RenderParams, blocks: int = BLOCKS)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(side * side, vision.num_channels, patch, patch, generator=generator)
     prompt = list(range(16))
+    assert qwen.image_token_id is not None
     places = [qwen.image_token_id] * (side * side // 4)
     question = Prompt(
         [*prompt, engine.runner.vision_start, *places, engine.runner.vision_end, *prompt],
