@@ -88,7 +88,7 @@ def test_picture_against_the_release(compare: Comparison, machine: Machine, mid_
     released = ReferencePicture(
         ReferenceLM(MID_SIZE, tensors),
         ReferenceSampler(PlainDiT(MID_SIZE_DIT, dit_tensors())),
-        engine.runner.render.vae,
+        engine.runner.render.vae.module,
     )
     prompt = [*text_ids(0, 31), QWEN["vision_start_token_id"]]
     latent = randn(1, 32, 16, 16, seed=1)

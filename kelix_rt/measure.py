@@ -156,8 +156,6 @@ def trace(
         if events and all(isinstance(event, RequestDone) for event in events):
             continue
         spans.append(Span("encode" if encoding else _stage(events, first_code), before, now))
-        if any(isinstance(event, ImageDone) for event in events):
-            spans[-1:] = _split_last(spans)
     return Trace(name, tuple(spans))
 
 
@@ -165,19 +163,12 @@ def _stage(events: list[Event], first_code: int) -> str:
     for event in events:
         if isinstance(event, ImageProgress):
             return "denoise"
+        if isinstance(event, ImageDone):
+            return "decode"
         if isinstance(event, BlockEvent):
             kind = "visual block" if event.ids[0] >= first_code else "text block"
             return kind if event.index else "prompt"
     return "prompt"  # a chunk of it, or the block that closes an image
-
-
-def _split_last(spans: list[Span]) -> list[Span]:
-    """The last denoise step also decodes: what it took longer than the others is the decoding."""
-    last = spans[-1]
-    others = [span.seconds for span in spans[:-1] if span.stage == "denoise"]
-    step = min(statistics.median(others), last.seconds) if others else last.seconds
-    middle = last.start + step
-    return [Span("denoise", last.start, middle), Span("decode", middle, last.end)]
 
 
 def _median_seconds(call: Callable[[], object], runs: int) -> float:

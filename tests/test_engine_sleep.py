@@ -67,7 +67,7 @@ def sleep_in_main_memory(engine: Engine) -> None:
 def loaded_bytes(engine: Engine) -> int:
     runner = engine._runner
     assert runner is not None
-    modules = (runner.model, runner.render.dit, runner.render.vae)
+    modules = (runner.model, runner.render.dit, runner.render.vae.module)
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     tensors += [runner.kv.k, runner.kv.v]
     return sum(t.untyped_storage().nbytes() for t in tensors)

@@ -37,7 +37,7 @@ def loaded_bytes(engine: Engine) -> dict[str, int]:
     encode = allocated(tokenizer)
     own = allocated(runner.model) - encode
     cache = allocated(runner.kv.k, runner.kv.v)
-    render = allocated(runner.render.dit, runner.render.vae) if runner.render else 0
+    render = allocated(runner.render.dit, runner.render.vae.module) if runner.render else 0
     return {"encode": encode, "generate": own + cache + runner.buffer.num_bytes, "render": render}
 
 
