@@ -44,7 +44,7 @@ __device__ __forceinline__ void add_products(const T* const (&weights)[kOutputs]
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (kWide) {
     constexpr int kPerLoad = 16 / sizeof(T);
-    constexpr int kUnroll = kOutputs * kRows > 8 ? 2 : 4;
+    [[maybe_unused]] constexpr int kUnroll = kOutputs * kRows > 8 ? 2 : 4;
 #pragma unroll kUnroll
     for (int i = lane * kPerLoad; i < in; i += kWarpSize * kPerLoad) {
       alignas(16) T w[kOutputs][kPerLoad];
