@@ -244,6 +244,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--vae", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(args)
+    torch.set_num_threads(1)  # the models it is made for are too small to gain from a second one
     crowd, alone = make_engines(given.model, given.dit, given.vae)
     report = soak(crowd, alone, given.requests, given.seed, print_progress)
     for name, value in asdict(report).items():

@@ -79,6 +79,8 @@ class LoadedEngine(EngineCore):
         codes of images are not. Calls that need a model raise AsleepError meanwhile. Raises
         KelixError while requests are unfinished, ConfigError for "host" on a CPU.
         """
+        if weights not in ("auto", "host", "disk"):
+            raise ConfigError(f"sleep: weights must be 'auto', 'host' or 'disk', got {weights!r}")
         if self.is_asleep:
             return
         if self.has_work:

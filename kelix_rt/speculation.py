@@ -10,6 +10,7 @@ get without drafts. No torch here.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -17,10 +18,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from kelix_rt.errors import ConfigError
+
 if TYPE_CHECKING:
     from kelix_rt.config import EngineConfig, KelixConfig
     from kelix_rt.sequence import Sequence
 
+_log = logging.getLogger(__name__)
 DRAFT_ROWS = 32  # drafts that all requests of a step may have together
 
 
@@ -97,12 +101,14 @@ class MarkerDrafter:
         self.start, self.end = config.marker_ids
         self.block_end, self.num_slots = config.block_end, config.num_codes + 1
         self.text_vocab = config.qwen_config.vocab_size
-        self._text = text
+        self._text: Callable[[], MarkerText] | None = text
         self._images: WeakKeyDictionary[Sequence, _OpenImage] = WeakKeyDictionary()
 
     def propose(self, sequence: Sequence) -> np.ndarray | None:
         """Rows int64 [n, N+1] that complete the next marker, or None where none is due."""
-        image = self._images.setdefault(sequence, _OpenImage())
+        image = self._images.get(sequence)
+        if image is None:
+            image = self._images[sequence] = _OpenImage()
         self._scan(image, sequence.rows[: sequence.length, 0])
         ids = self._due(image)
         if not ids:
@@ -146,17 +152,30 @@ class MarkerDrafter:
             image.codes += 1
         elif image.coordinates is not None:
             image.coordinates.append(id_)
+        else:  # text that belongs to no marker: this image is not laid out as its first rows were
+            image.expected = []
 
     def _complete(self, image: _OpenImage, coordinates: list[int]) -> None:
         image.markers = [*image.markers[-1:], coordinates]
         image.row_length, image.codes = image.codes, 0
         image.coordinates = None
         image.expected = []
-        if len(image.markers) == 2:
-            text = self._text()
+        text = self._tokenizer() if len(image.markers) == 2 else None
+        if text is not None and max(map(len, image.markers)) < DRAFT_ROWS:
             following = next_coordinates(*(text.decode(ids) for ids in image.markers))
             if following is not None:
                 image.expected = [self.start, *text.encode(following), self.end]
+
+    def _tokenizer(self) -> MarkerText | None:
+        """The tokenizer; None, and a warning, where it cannot be loaded: ids alone do without."""
+        if self._text is None:
+            return None
+        try:
+            return self._text()
+        except ConfigError as error:
+            _log.warning("position markers are not guessed: %s", error)
+            self._text = None
+            return None
 
 
 def marker_drafter(

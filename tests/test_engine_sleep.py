@@ -157,6 +157,8 @@ def test_a_copy_on_the_cpu_is_refused(path: Path) -> None:
     engine = load_engine(path)
     with pytest.raises(ConfigError, match="frees nothing on a CPU"):
         engine.sleep(weights="host")
+    with pytest.raises(ConfigError, match="must be 'auto', 'host' or 'disk', got 'disc'"):
+        engine.sleep(weights="disc")
     assert not engine.is_asleep
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kelix_rt import SamplingParams
+from kelix_rt import ConfigError, SamplingParams
 from kelix_rt.config import KelixConfig, read_config
 from kelix_rt.sequence import EndRules, Sequence
 from kelix_rt.speculation import MarkerDrafter, accepted_drafts, next_coordinates
@@ -118,6 +118,44 @@ def test_nothing_is_guessed_outside_of_an_image(config: KelixConfig) -> None:
     assert proposed(config, ids[1:])[-1] == []
     assert proposed(config, [*ids, VISION_END, VISION_START])[-1] == []
     assert proposed(config, image_rows(config, [8, 8]))[-1] == []
+
+
+def test_an_image_that_holds_other_text_is_left_alone(config: KelixConfig) -> None:
+    ids = image_rows(config, [8, 9])
+    assert proposed(config, ids)[-1]
+    assert proposed(config, [*ids, 5])[-1] == []
+    again = [*ids, 5, *marker(config, 10), CODE, CODE, CODE]
+    assert proposed(config, again)[-1] == marker(config, 11)
+
+
+def test_endless_coordinates_are_not_read(config: KelixConfig) -> None:
+    """More digits than Python turns into a number, and than a draft may have rows."""
+    start, end = config.marker_ids
+    digits = [DIGITS + 1] * 5000
+    ids = [VISION_START]
+    for _ in range(2):
+        ids += [start, *digits, end, CODE]
+    assert proposed(config, ids, known=len(ids)) == [[]]
+
+
+def test_a_tokenizer_that_cannot_be_loaded_ends_the_guessing(
+    config: KelixConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def broken() -> Digits:
+        asked.append(1)
+        raise ConfigError("tokenizer.json is broken")
+
+    ids = image_rows(config, [8, 9, 10])
+    rows = np.full((len(ids), config.num_codes + 1), config.block_end, dtype=np.int64)
+    rows[:, 0] = ids
+    drafter = MarkerDrafter(config, (VISION_START, VISION_END), broken)
+    for number in (1, 2):
+        sequence = Sequence(number, rows, SamplingParams(), 0, EndRules(frozenset(), 9))
+        assert drafter.propose(sequence) is None
+    assert len(asked) == 1
+    assert "tokenizer.json is broken" in caplog.text
 
 
 @pytest.mark.parametrize("known", [1, 4, 9, 22])
