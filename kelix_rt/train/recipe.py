@@ -154,7 +154,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     }
 
 
-# 164 minutes of stages on two CPU cores; the autoencoder may run beside the tokenizer.
+# 177 minutes of stages on two CPU cores, 150 when the autoencoder runs beside the tokenizer.
 CPU = Recipe(
     autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
     tokenizer={
