@@ -42,6 +42,7 @@ SANITIZED_STEMS = [
     Stem("codes", 3, "not wide_rows"),
     Stem("diffusion", 6),
     Stem("norm", 6),
+    Stem("activation", 3),
 ]
 
 
