@@ -49,6 +49,7 @@ SANITIZED_STEMS = [
     Stem("codes", 3, "not wide_rows and not embed", capability=80),
     Stem("diffusion", 6),
     Stem("norm", 6),
+    Stem("activation", 3),
 ]
 
 
