@@ -11,7 +11,8 @@ import torch
 from kelix_rt import Engine, SamplingParams
 from kelix_rt._host import PagePool
 from kelix_rt.batch import StepBuffer
-from kelix_rt.plans import BlockPlan, Scheduler
+from kelix_rt.plans import BlockPlan
+from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import EndRules, Sequence
 from tests.engine_helpers import fixtures, load_engine
 
