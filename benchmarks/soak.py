@@ -49,7 +49,7 @@ class Report:
     requests: int = 0
     finished: int = 0
     aborted: int = 0
-    failed: int = 0
+    failed: list[str] = field(default_factory=list)
     preemptions: int = 0
     blocks: int = 0
     cached_blocks: int = 0
@@ -164,7 +164,7 @@ def soak(
             if isinstance(event, RequestDone):
                 _book(report, job, event.output, alone)
             else:
-                report.failed += 1
+                report.failed.append(f"{event.request_id}: {event.error!r}")
             report.resident.append(resident_bytes())
             if progress is not None:
                 progress(len(report.resident), requests)
@@ -219,7 +219,7 @@ def _close(report: Report, engine: Engine) -> None:
 def problems(report: Report) -> list[str]:
     """What must not have happened and did, in words."""
     found = {
-        f"{report.failed} requests failed": report.failed > 0,
+        f"requests failed: {report.failed}": bool(report.failed),
         f"requests {report.wrong} differ from those alone": bool(report.wrong),
         f"{report.leaked_pages} pages are held by nobody": report.leaked_pages > 0,
         f"memory grew by {report.drift:.1%} in the second half": report.drift > DRIFT_LIMIT,

@@ -80,7 +80,10 @@ class StepBuffer:
         keeps = [span.sequence.new_hidden(span.start, span.end) for span in spans]
         total = sum(span.count for span in spans)
         kept = sum(len(keep) for keep in keeps)
-        width = -(-max(span.end for span in spans) // self.pool.page_size)
+        # Not the rows of this step: a rejected draft may have left a request a page more.
+        held = (s.sequence.handle for s in spans)
+        rows = max(self.pool.num_rows(handle) for handle in held if handle is not None)
+        width = -(-rows // self.pool.page_size)
         blocks = sum(span.num_blocks for span in drawn)
         layout = self._layout(total, len(spans), blocks, kept, width, ancestral)
         self._fill(layout.host, spans, drawn, keeps)

@@ -39,7 +39,7 @@ def test_what_must_not_happen_is_told() -> None:
     assert problems(fine) == []
     growing = replace(fine, resident=[100] * 8 + [100, 100, 101, 101, 102, 102, 104, 104])
     for broken, text in (
-        (replace(fine, failed=2), "2 requests failed"),
+        (replace(fine, failed=["2: no memory"]), "requests failed: ['2: no memory']"),
         (replace(fine, wrong=[3]), r"requests [3] differ"),
         (replace(fine, leaked_pages=5), "5 pages are held"),
         (replace(fine, preemptions=0), "pages never ran out"),

@@ -108,6 +108,28 @@ def test_a_rejected_draft_leaves_nothing_in_the_prefix_cache(golden: Path) -> No
     assert len(pages)
 
 
+@pytest.mark.parametrize("accepted", [0, 2])
+def test_the_steps_after_a_rejected_draft_find_their_pages(golden: Path, accepted: int) -> None:
+    """The draft reaches into pages that the steps after it do not need yet."""
+    path = golden / "llm" / "tiny_a"
+    engine = load_engine(path, page_size=4)
+    expected = golden_blocks(path, "gen0")
+    wrong = expected.copy()
+    wrong[accepted + 3 :, 0] ^= 1
+
+    class Once:
+        def propose(self, sequence: Sequence) -> np.ndarray | None:
+            return wrong[3:12] if sequence.generated == 3 else None
+
+    engine.scheduler.drafter = Once()
+    prompt = Prompt(*golden_prompt(path, "gen0"))
+    output = engine.generate([prompt], golden_sampling(path))[0]
+    np.testing.assert_array_equal(output.blocks, expected)
+    counts = engine.stats()
+    assert (counts.drafts_accepted, counts.drafts_rejected) == (accepted, 9 - accepted)
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("max_blocks", [1, 2, 3, 6, 7])
 def test_the_limit_holds_inside_a_draft(golden: Path, max_blocks: int) -> None:
     path = golden / "llm" / "tiny_a"
