@@ -10,6 +10,7 @@ import torch
 
 from kelix_rt.batch import StepBuffer
 from kelix_rt.errors import ConfigError
+from kelix_rt.graphs import CudaRecorder, DecodeGraphs, Recorder
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
@@ -54,6 +55,8 @@ class Runner:
             device=self.device,
         )
         self.generate = GenerateStage(model, self.kv, options.verify_head)
+        self.graphs = DecodeGraphs(self.generate, self.buffer)
+        self._uses_graphs = options.cuda_graphs
         self.render = render
         tokenizer = model.visual_tokenizer
         self.encode = (
@@ -81,11 +84,22 @@ class Runner:
             raise ConfigError(f"qwen_config.{name} is null: this model cannot draw")
         return value
 
-    def offload(self) -> Offloaded:
-        """Gives back what weights and cache take on the device, until `Offloaded.restore`.
+    def capture_graphs(self, recorder: Recorder | None = None) -> None:
+        """Records the steps that serving replays; does nothing where they are, or are not wanted.
 
-        Weights are copied to main memory; the content of the KV cache is lost.
+        recorder: None makes CUDA graphs. Must not be called while a step runs.
         """
+        if not self._uses_graphs or self.graphs.is_captured:
+            return
+        self.graphs.capture(recorder or CudaRecorder(self.device))
+
+    def offload(self) -> Offloaded:
+        """Gives back what weights, cache and graphs take on the device, until `Offloaded.restore`.
+
+        Weights are copied to main memory; the content of the KV cache is lost. Graphs know the old
+        addresses, so they have to be captured again.
+        """
+        self.graphs.forget()
         modules: list[torch.nn.Module] = [self.model]
         if self.render is not None:
             self.render.denoiser.forget()
@@ -130,16 +144,21 @@ class Runner:
         n counts the drafts that were accepted, which the model's own block follows. The one wait
         for the device is the read of the new blocks.
         """
-        batch, drawn, kept = self.buffer.pack(plan)
-        result = self.generate.step(batch)
+        bucket = self.graphs.choose(plan)
+        batch, drawn, kept = self.buffer.pack(plan, bucket)
+        result = self.generate.step(batch) if bucket is None else self.graphs.replay(bucket)
         blocks = result.blocks.cpu().numpy()
         found: dict[Span, np.ndarray] = {}
         row = 0
         for span in drawn:
             found[span] = _checked(span, blocks[row : row + span.num_blocks])
             row += span.num_blocks
-        if result.hidden is not None:
-            parts = result.hidden.split([count for _, count in kept])
+        if kept:
+            assert result.hidden is not None
+            counts = [count for _, count in kept]
+            # Of a replay: out of the rows of padding, and of memory that the next one overwrites.
+            hidden = result.hidden if bucket is None else result.hidden[: sum(counts)].clone()
+            parts = hidden.split(counts)
             for (span, count), part in zip(kept, parts, strict=True):
                 rejected = span.num_blocks - len(found[span]) if span.drafts else 0
                 span.sequence.hidden_parts.append(part[: count - rejected])
