@@ -35,6 +35,11 @@ class GraphCounts:
     replays: int = 0
     misses: int = 0
 
+    def add(self, other: GraphCounts) -> None:
+        """Counts what `other` counted too."""
+        self.replays += other.replays
+        self.misses += other.misses
+
 
 class CudaRecorder:
     """Records work as CUDA graphs, which share one memory pool and are never run together.
@@ -84,11 +89,11 @@ class DecodeGraphs:
     Nothing is recorded until `capture`. verify_head asks for work that is not recorded.
     """
 
-    def __init__(self, stage: GenerateStage, buffer: StepBuffer) -> None:
+    def __init__(self, stage: GenerateStage, buffer: StepBuffer, counts: GraphCounts) -> None:
         self._stage = stage
         self._buffer = buffer
+        self._counts = counts
         self._steps: dict[int, Recorded[BlockResult]] = {}
-        self.counts = GraphCounts()
 
     @property
     def is_captured(self) -> bool:
@@ -119,7 +124,7 @@ class DecodeGraphs:
             span.count == 1 and span.sequence.sampling.rule == "ancestral" for span in plan.spans
         ):
             return min(bucket for bucket in self._steps if bucket >= rows)
-        self.counts.misses += 1
+        self._counts.misses += 1
         return None
 
     def replay(self, bucket: int) -> BlockResult:
@@ -128,5 +133,5 @@ class DecodeGraphs:
         The blocks [bucket, N+1] and hidden states [bucket, D] hold until the next replay; only
         the rows of the plan mean something.
         """
-        self.counts.replays += 1
+        self._counts.replays += 1
         return self._steps[bucket].replay()

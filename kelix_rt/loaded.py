@@ -136,7 +136,8 @@ class LoadedEngine(EngineCore):
         )
         if parts.runner.encode is not None and self.image_cache is not None:
             parts.runner.encode.cache = self.image_cache
-        parts.runner.graphs.counts = self.graph_counts
+        parts.runner.graph_counts.add(self.graph_counts)
+        self.graph_counts = parts.runner.graph_counts
         self._runner, self.scheduler = parts.runner, parts.scheduler
         self._set_drafter()
 

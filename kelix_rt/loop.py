@@ -42,7 +42,7 @@ class Loop:
         self._runner: Runner | None = runner  # None while the weights are left to the disk
         self._offloaded: Offloaded | None = None  # set while they are kept in main memory
         self.image_cache = None if runner.encode is None else runner.encode.cache
-        self.graph_counts = runner.graphs.counts
+        self.graph_counts = runner.graph_counts
         self.scheduler = scheduler
         self.config: KelixConfig = runner.model.config
         self._requests: dict[int, Sequence] = {}

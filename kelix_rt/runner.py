@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from kelix_rt.batch import StepBuffer
+from kelix_rt.denoise_graphs import DenoiseGraphs
 from kelix_rt.errors import ConfigError
-from kelix_rt.graphs import CudaRecorder, DecodeGraphs, Recorder
+from kelix_rt.graphs import CudaRecorder, DecodeGraphs, GraphCounts, Recorder
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
@@ -55,9 +56,16 @@ class Runner:
             device=self.device,
         )
         self.generate = GenerateStage(model, self.kv, options.verify_head)
-        self.graphs = DecodeGraphs(self.generate, self.buffer)
-        self._uses_graphs = options.cuda_graphs
         self.render = render
+        self.graph_counts = GraphCounts()
+        self._uses_graphs = options.cuda_graphs
+        self.graphs = DecodeGraphs(self.generate, self.buffer, self.graph_counts)
+        self.denoise_graphs: DenoiseGraphs | None = None
+        if render is not None:
+            self.denoise_graphs = DenoiseGraphs(
+                render.dit, render.max_condition_length, self.graph_counts
+            )
+            render.denoiser.evaluate = self.denoise_graphs.evaluate
         tokenizer = model.visual_tokenizer
         self.encode = (
             None
@@ -89,9 +97,12 @@ class Runner:
 
         recorder: None makes CUDA graphs. Must not be called while a step runs.
         """
-        if not self._uses_graphs or self.graphs.is_captured:
+        if not self._uses_graphs:
             return
-        self.graphs.capture(recorder or CudaRecorder(self.device))
+        recorder = recorder or CudaRecorder(self.device)
+        for graphs in (self.graphs, self.denoise_graphs):
+            if graphs is not None and not graphs.is_captured:
+                graphs.capture(recorder)
 
     def offload(self) -> Offloaded:
         """Gives back what weights, cache and graphs take on the device, until `Offloaded.restore`.
@@ -99,7 +110,9 @@ class Runner:
         Weights are copied to main memory; the content of the KV cache is lost. Graphs know the old
         addresses, so they have to be captured again.
         """
-        self.graphs.forget()
+        for graphs in (self.graphs, self.denoise_graphs):
+            if graphs is not None:
+                graphs.forget()
         modules: list[torch.nn.Module] = [self.model]
         if self.render is not None:
             self.render.denoiser.forget()

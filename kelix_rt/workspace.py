@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig
+from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry
 from kelix_rt.scheduler import MAX_RENDER_BATCH
 from kelix_rt.step_layout import block_rows, buckets, buffer_bytes
@@ -44,7 +45,7 @@ def language_workspaces(
 def render_workspaces(
     dit: SanaConfig, vae: dict[str, Any], options: EngineConfig, dtype: torch.dtype
 ) -> list[MemoryEntry]:
-    """Of the images that are drawn at once, at the model's own size."""
+    """Of the images that are drawn at once, at the model's own size, and of denoise graphs."""
     condition = 2 * dit.depth * options.max_condition_length * dit.hidden_size * dtype.itemsize
     modulation = (6 * dit.depth + 2) * RENDER_STEPS * dit.hidden_size * dtype.itemsize
     tokens = (dit.input_size // dit.patch_size) ** 2
@@ -57,7 +58,12 @@ def render_workspaces(
         (f"modulation of {RENDER_STEPS} steps", modulation),
         ("workspace of denoising and decoding", both),
     )
-    return [MemoryEntry(name, size, "render", "transient") for name, size in lines]
+    entries = [MemoryEntry(name, size, "render", "transient") for name, size in lines]
+    if options.cuda_graphs:
+        pool = ALIVE * DENOISE_ROWS * tokens * widest * dtype.itemsize
+        graphs = DENOISE_ROWS * (condition + GRAPH_BYTES) + pool
+        entries.append(MemoryEntry("denoise graphs", graphs, "render"))
+    return entries
 
 
 def _decode_graph_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) -> int:

@@ -29,19 +29,32 @@ class _Tape(TorchDispatchMode):
         return result
 
 
-def record(work: Callable[[], None]) -> Callable[[], None]:
-    """Runs `work` and records it, as `kelix_rt.graphs.CudaRecorder` does."""
-    tape = _Tape()
-    with tape:
-        work()
-    assert tape.calls, "nothing was recorded"
+class Recording:
+    """Calls of operators in order; calling it makes them again, with results where they were."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = calls
 
     @torch.inference_mode()
-    def replay() -> None:
-        for func, args, kwargs, result in tape.calls:
+    def __call__(self) -> None:
+        for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-    return replay
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether a call takes the memory of `tensor`."""
+        leaves = (leaf for _, args, kwargs, _ in self.calls for leaf in tree_leaves((args, kwargs)))
+        return any(
+            isinstance(leaf, Tensor) and leaf.data_ptr() == tensor.data_ptr() for leaf in leaves
+        )
+
+
+def record(work: Callable[[], None]) -> Recording:
+    """Runs `work` and records it, as `kelix_rt.graphs.CudaRecorder` does."""
+    tape = _Tape()
+    with tape:
+        work()
+    assert tape.calls, "nothing was recorded"
+    return Recording(tape.calls)

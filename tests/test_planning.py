@@ -11,6 +11,7 @@ import torch
 from kelix_rt import CapacityError, ConfigError, Engine, EngineConfig, InputError, info
 from kelix_rt.assets import BUNDLED
 from kelix_rt.config import KelixConfig, read_config
+from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry, MemoryPlan
 from kelix_rt.planning import config_entries, engine_plan
 from kelix_rt.workspace import GRAPH_BYTES
@@ -148,6 +149,12 @@ def test_graphs_are_booked_where_they_are_made(golden: Path) -> None:
     assert booked(cuda_graphs=False) == booked(verify_head=True) == 0
     on_cpu = Engine.plan(path, EngineConfig(), device="cpu")
     assert "decode graphs" not in dict(on_cpu.rows())
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    drawing = dict(engine_plan(path, **parts).rows())
+    room = DENOISE_ROWS * drawing["conditions of 8 drawings"] // 8
+    assert drawing["denoise graphs"] > room + DENOISE_ROWS * GRAPH_BYTES
+    without = dict(engine_plan(path, EngineConfig(cuda_graphs=False), **parts).rows())
+    assert "denoise graphs" not in without
 
 
 def test_requests_at_once_follow_pages_and_batch() -> None:

@@ -89,10 +89,14 @@ class _Batch:
 
 
 class Denoiser:
-    """Steps `RenderState`s through a KelixDiT."""
+    """Steps `RenderState`s through a KelixDiT.
+
+    evaluate: `KelixDiT.forward_cached`, or what stands in for it.
+    """
 
     def __init__(self, dit: KelixDiT) -> None:
         self.dit = dit
+        self.evaluate: Callable[[Tensor, Tensor, ConditionCache], Tensor] = dit.forward_cached
         self._plans: dict[tuple[str, int, float], _Plan] = {}
         self._batches: dict[tuple[object, ...], _Batch] = {}
         # Kept as long as a guided state that uses it, and no longer.
@@ -224,10 +228,10 @@ class Denoiser:
             batch, [state.plan.modulation[:, state.index] for state in batch.states], dim=1
         )
         if batch.guided is None or batch.twin is None:
-            return self.dit.forward_cached(latent, modulation, batch.cache), None
+            return self.evaluate(latent, modulation, batch.cache), None
         both = torch.cat((latent, latent.index_select(0, batch.guided)))
         modulation = torch.cat((modulation, modulation.index_select(1, batch.guided)), dim=1)
-        velocity = self.dit.forward_cached(both, modulation, batch.cache)
+        velocity = self.evaluate(both, modulation, batch.cache)
         return velocity[: len(latent)], velocity.index_select(0, batch.twin)
 
 
