@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kelix_rt.stages.generate import BlockResult, GenerateStage
 
 Captured: TypeAlias = Callable[[], None]  # runs the recorded work again, on the current stream
-Recorder: TypeAlias = Callable[[Callable[[], None]], Captured]
+Recorder: TypeAlias = Callable[[Callable[[], object]], Captured]
 Result = TypeVar("Result")
 
 WARM_UP_CALLS = 2  # lazy set-up (kernels, cuBLAS) happens in these: it cannot be captured
@@ -44,27 +44,28 @@ class GraphCounts:
 class CudaRecorder:
     """Records work as CUDA graphs, which share one memory pool and are never run together.
 
-    What one graph leaves in the pool is therefore gone once another one runs.
+    What one graph leaves in the pool is therefore gone once another one runs. Whatever a graph
+    reads from outside of the pool has to stay where it is as long as the graph is replayed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], None]) -> Captured:
+    def __call__(self, work: Callable[[], object]) -> Captured:
         """Runs `work` and records it; the work must not wait for the device."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_CALLS):
+        with torch.cuda.device(self._stream.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP_CALLS):
+                    work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads of the process do meanwhile is no business of ours.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 work()
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads of the process do meanwhile is none of its business.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            work()
         return graph.replay
 
 
