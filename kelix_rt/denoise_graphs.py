@@ -93,13 +93,15 @@ class DenoiseGraphs:
 
     def capture(self, recorder: Recorder) -> None:
         """Records an evaluation of 1 .. DENOISE_ROWS rows."""
-        inputs = self._inputs = _Inputs(self._dit, DENOISE_ROWS, self._capacity)
+        inputs = _Inputs(self._dit, DENOISE_ROWS, self._capacity)
         evaluate = torch.inference_mode()(self._dit.forward_cached)
+        steps = {}
         for rows in range(DENOISE_ROWS, 0, -1):  # smaller ones fit in the memory of larger ones
             work = partial(
                 evaluate, inputs.latent[:rows], inputs.modulation[:, :rows], inputs.cache(rows)
             )
-            self._steps[rows] = Recorded(work, recorder)
+            steps[rows] = Recorded(work, recorder)
+        self._inputs, self._steps = inputs, steps
 
     def forget(self) -> None:
         """Gives the memory of the recorded evaluations back."""

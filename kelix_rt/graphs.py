@@ -105,9 +105,11 @@ class DecodeGraphs:
         """Records the step of every bucket, on rows that stand for no request."""
         if self._stage.verify_head:
             return
+        steps = {}
         for rows in reversed(buckets(self._buffer.max_rows)):  # smaller ones fit in its memory
             batch = self._buffer.pad(rows)
-            self._steps[rows] = Recorded(partial(self._stage.step, batch), recorder)
+            steps[rows] = Recorded(partial(self._stage.step, batch), recorder)
+        self._steps = steps
 
     def forget(self) -> None:
         """Gives the memory of the recorded steps back."""

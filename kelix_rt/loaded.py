@@ -114,8 +114,9 @@ class LoadedEngine(EngineCore):
         """
         if self._offloaded is not None:
             self._offloaded.restore()
+            assert self._runner is not None
+            self._runner.capture_graphs()
             self._offloaded = None
-            self.runner.capture_graphs()
         elif self._runner is None:
             self._load_again()
 

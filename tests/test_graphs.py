@@ -206,6 +206,29 @@ def test_sleeping_forgets_and_the_counts_stay(golden: Path) -> None:
     assert engine.stats().graph_replays == 2 * before.graph_replays
 
 
+def test_waking_records_again_or_sleeps_on(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where sleep keeps a copy of the weights and all addresses change."""
+    monkeypatch.setattr(EngineConfig, "on_device", lambda self, kind: self)
+    monkeypatch.setattr("kelix_rt.runner.CudaRecorder", lambda device: record)
+    engine = load_engine(golden / "llm" / "tiny_a", num_pages=64)
+    expected = engine.generate([[1, 2]], SEEDED)[0].blocks
+    engine._offloaded = engine.runner.offload()
+    engine.scheduler.pool.reset_cache()
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("no memory for graphs")
+
+    monkeypatch.setattr("kelix_rt.runner.CudaRecorder", refuse)
+    with pytest.raises(RuntimeError, match="no memory for graphs"):
+        engine.wake()
+    assert engine.is_asleep
+    monkeypatch.setattr("kelix_rt.runner.CudaRecorder", lambda device: record)
+    engine.wake()
+    before = engine.stats().graph_replays
+    np.testing.assert_array_equal(engine.generate([[1, 2]], SEEDED)[0].blocks, expected)
+    assert engine.stats().graph_replays == 2 * before > 0
+
+
 def test_graphs_are_for_gpus(golden: Path) -> None:
     """By default on, off on a CPU whatever is asked; so nothing of CUDA is touched there."""
     assert EngineConfig().on_device("cuda").cuda_graphs
