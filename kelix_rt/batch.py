@@ -38,7 +38,8 @@ class StepBuffer:
     """Reusable buffers of the block steps of one engine.
 
     The tensors of a batch are views at fixed addresses that depend on its sizes only; they hold
-    until the next pack(). On a CPU host and device buffer are the same memory.
+    until the next pack() or pad(). On a CPU host and device buffer are the same memory.
+    max_rows: the most requests of a step.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class StepBuffer:
         self.width = pool.row_width
         pages = -(-max_positions // pool.page_size)
         capacity = buffer_bytes(self.width, max_tokens, max_batch, pages)
+        self.max_rows = min(max_batch, max_tokens)
+        self._pages = min(pages, pool.num_pages)
         pinned = device.type == "cuda"
         self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
         self._device = self._host if not pinned else torch.zeros_like(self._host, device=device)
@@ -65,34 +68,67 @@ class StepBuffer:
         """Bytes on the device."""
         return self._device.numel()
 
-    def pack(self, plan: BlockPlan) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
+    def pack(
+        self, plan: BlockPlan, padded: int | None = None
+    ) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
         """The batch of a plan, the spans in the order of its block rows, and what is kept.
 
         A span has `num_blocks` block rows, one after another. The last value pairs spans with
-        their number of kept hidden rows, in order.
+        their number of kept hidden rows, in order. padded: for a plan of one row per request, the
+        number of rows, requests, blocks and kept rows that the batch has in any case, the plan's
+        own coming first.
         """
-        if self._copied is not None:
-            self._copied.synchronize()  # the previous copy must have left the host buffer
+        self._wait()
         spans = plan.spans
         drawn = [s for s in spans if s.wants_block and s.sequence.sampling.rule == "ancestral"]
         ancestral = sum(span.num_blocks for span in drawn)
         drawn += [s for s in spans if s.wants_block and s.sequence.sampling.rule == "reference"]
         keeps = [span.sequence.new_hidden(span.start, span.end) for span in spans]
-        total = sum(span.count for span in spans)
-        kept = sum(len(keep) for keep in keeps)
-        # Not the rows of this step: a rejected draft may have left a request a page more.
-        held = (s.sequence.handle for s in spans)
-        rows = max(self.pool.num_rows(handle) for handle in held if handle is not None)
-        width = -(-rows // self.pool.page_size)
-        blocks = sum(span.num_blocks for span in drawn)
-        layout = self._layout(total, len(spans), blocks, kept, width, ancestral)
+        if padded is None:
+            total = sum(span.count for span in spans)
+            kept = sum(len(keep) for keep in keeps)
+            # Not the rows of this step: a rejected draft may have left a request a page more.
+            held = (s.sequence.handle for s in spans)
+            rows = max(self.pool.num_rows(handle) for handle in held if handle is not None)
+            width = -(-rows // self.pool.page_size)
+            blocks = sum(span.num_blocks for span in drawn)
+            layout = self._layout(total, len(spans), blocks, kept, width, ancestral)
+        else:
+            layout = self._padding(padded, len(spans))
         self._fill(layout.host, spans, drawn, keeps)
+        self._upload(layout)
+        kept_spans = [(span, len(keep)) for span, keep in zip(spans, keeps, strict=True) if keep]
+        return layout.batch, drawn, kept_spans
+
+    def pad(self, rows: int) -> BlockBatch:
+        """A batch of that many rows of no request: nothing is stored, attended or kept.
+
+        Its tensors are those of every batch that is padded to as many rows.
+        """
+        self._wait()
+        layout = self._padding(rows, 0)
+        self._upload(layout)
+        return layout.batch
+
+    def _wait(self) -> None:
+        """Until the copy of the step before has left the host buffer."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _upload(self, layout: _Layout) -> None:
         if self._copied is not None:
             used = slice(0, layout.used)
             self._device[used].copy_(self._host[used], non_blocking=True)
             self._copied.record()
-        kept_spans = [(span, len(keep)) for span, keep in zip(spans, keeps, strict=True) if keep]
-        return layout.batch, drawn, kept_spans
+
+    def _padding(self, rows: int, used: int) -> _Layout:
+        """The layout of a padded batch, all rows but the first `used` doing nothing."""
+        layout = self._layout(rows, rows, rows, rows, self._pages, rows)
+        for name, values in layout.host.items():
+            values[used if name == "page_table" else 0 :] = 0
+        layout.host["slots"][:] = -1
+        layout.host["query_start"][:] = np.arange(rows + 1)
+        return layout
 
     def _fill(
         self,
@@ -119,13 +155,12 @@ class StepBuffer:
             row_after[span] = row
         query_start[len(spans)] = row
 
-        table, page = host["page_table"], self.pool.page_size
+        table, page = host["page_table"][: len(spans)], self.pool.page_size
         handles = [span.sequence.handle for span in spans if span.sequence.handle is not None]
         self.pool.write_page_tables(handles, table)
-        lengths = np.diff(query_start)
-        owners = np.repeat(np.arange(len(spans)), lengths)
-        host["slots"][:] = table[owners, positions // page].astype(np.int64) * page
-        host["slots"] += positions % page
+        owners = np.repeat(np.arange(len(spans)), [span.count for span in spans])
+        slots = table[owners, positions[:row] // page].astype(np.int64) * page
+        host["slots"][:row] = slots + positions[:row] % page
 
         first = 0
         for span in drawn:

@@ -8,7 +8,7 @@ cannot run raise `ConfigError` naming the field. No torch here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +112,8 @@ class EngineConfig(JsonConfig):
     was generated. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
+    cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
+    has no effect without a GPU.
     """
 
     max_batch: int = 32
@@ -129,6 +131,7 @@ class EngineConfig(JsonConfig):
     trust_remote_code: bool = False
     max_condition_length: int = 720
     codes_mode: Literal["exact", "reference"] = "exact"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         self.require_positive("max_batch page_size max_step_tokens max_condition_length")
@@ -141,6 +144,10 @@ class EngineConfig(JsonConfig):
         self.require(0 < fraction <= 1, "kv_memory_fraction", "be above 0 and at most 1")
         modes = ("exact", "reference")
         self.require(self.codes_mode in modes, "codes_mode", f"be one of {modes}")
+
+    def on_device(self, kind: str) -> EngineConfig:
+        """The same without what a device of this kind ("cuda", "cpu") does not have."""
+        return self if kind == "cuda" else replace(self, cuda_graphs=False)
 
 
 ModelConfig = KelixConfig | TokenizerConfig | SanaConfig | dict[str, Any]

@@ -69,12 +69,14 @@ class Engine(LoadedEngine):
     def warm_up(self) -> None:
         """Loads now what otherwise comes with the first use: text tokenizer and autoencoder.
 
-        Raises ConfigError or WeightError as that use would.
+        On a GPU also records the CUDA graphs that are not there yet. Raises ConfigError or
+        WeightError as the first use would.
         """
         if self.has_text:
             _ = self.text
         if self.runner.render is not None:
             _ = self.runner.render.vae.module
+        self.runner.capture_graphs()
 
     def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images.

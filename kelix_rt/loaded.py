@@ -114,6 +114,8 @@ class LoadedEngine(EngineCore):
         """
         if self._offloaded is not None:
             self._offloaded.restore()
+            assert self._runner is not None
+            self._runner.capture_graphs()
             self._offloaded = None
         elif self._runner is None:
             self._load_again()
@@ -135,6 +137,8 @@ class LoadedEngine(EngineCore):
         )
         if parts.runner.encode is not None and self.image_cache is not None:
             parts.runner.encode.cache = self.image_cache
+        parts.runner.graph_counts.add(self.graph_counts)
+        self.graph_counts = parts.runner.graph_counts
         self._runner, self.scheduler = parts.runner, parts.scheduler
         self._set_drafter()
 
@@ -159,8 +163,9 @@ class LoadedEngine(EngineCore):
         `from_pretrained`. free_bytes: None takes what the device has free. The plan tells bytes by
         stage and how many requests run at once. Raises as `kelix_rt.planning.engine_plan`.
         """
-        free = available_bytes(choose_device(device)) if free_bytes is None else free_bytes
-        wanted = choose_dtype(dtype)
+        target, wanted = choose_device(device), choose_dtype(dtype)
+        free = available_bytes(target) if free_bytes is None else free_bytes
+        options = (options or EngineConfig()).on_device(target.type)
         return engine_plan(model, options, dit=dit, vae=vae, dtype=wanted, free_bytes=free)
 
     @cached_property

@@ -65,8 +65,8 @@ def load_parts(
 def assemble(
     directory: Path, language: KelixLM, render: RenderStage | None, options: EngineConfig
 ) -> Parts:
-    """Books the KV cache in what memory is left, and puts the parts together."""
-    config = language.config
+    """Books the KV cache in what memory is left, puts the parts together and records graphs."""
+    config, options = language.config, options.on_device(language.device.type)
     needs = language_workspaces(config, options, language.dtype)
     if render is not None:
         needs += render_workspaces(render.dit.config, render.vae.config, options, language.dtype)
@@ -81,6 +81,7 @@ def assemble(
         prefix_cache=options.prefix_cache,
     )
     runner = Runner(language, pool, options, max_positions=positions, render=render)
+    runner.capture_graphs()
     return Parts(directory, runner, scheduler, options, positions)
 
 

@@ -42,6 +42,7 @@ class Loop:
         self._runner: Runner | None = runner  # None while the weights are left to the disk
         self._offloaded: Offloaded | None = None  # set while they are kept in main memory
         self.image_cache = None if runner.encode is None else runner.encode.cache
+        self.graph_counts = runner.graph_counts
         self.scheduler = scheduler
         self.config: KelixConfig = runner.model.config
         self._requests: dict[int, Sequence] = {}
@@ -63,10 +64,14 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """What was done since the start, as a copy."""
-        cache = self.image_cache
-        if cache is None:
-            return replace(self.counts)
-        return replace(self.counts, image_hits=cache.hits, image_misses=cache.misses)
+        cache, graphs = self.image_cache, self.graph_counts
+        return replace(
+            self.counts,
+            image_hits=0 if cache is None else cache.hits,
+            image_misses=0 if cache is None else cache.misses,
+            graph_replays=graphs.replays,
+            graph_misses=graphs.misses,
+        )
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""

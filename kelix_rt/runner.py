@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from kelix_rt.batch import StepBuffer
+from kelix_rt.denoise_graphs import DenoiseGraphs
 from kelix_rt.errors import ConfigError
+from kelix_rt.graphs import CudaRecorder, DecodeGraphs, GraphCounts, Recorder
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
@@ -55,6 +57,15 @@ class Runner:
         )
         self.generate = GenerateStage(model, self.kv, options.verify_head)
         self.render = render
+        self.graph_counts = GraphCounts()
+        self._uses_graphs = options.cuda_graphs
+        self.graphs = DecodeGraphs(self.generate, self.buffer, self.graph_counts)
+        self.denoise_graphs: DenoiseGraphs | None = None
+        if render is not None:
+            self.denoise_graphs = DenoiseGraphs(
+                render.dit, render.max_condition_length, self.graph_counts
+            )
+            render.denoiser.evaluate = self.denoise_graphs.evaluate
         tokenizer = model.visual_tokenizer
         self.encode = (
             None
@@ -81,11 +92,27 @@ class Runner:
             raise ConfigError(f"qwen_config.{name} is null: this model cannot draw")
         return value
 
-    def offload(self) -> Offloaded:
-        """Gives back what weights and cache take on the device, until `Offloaded.restore`.
+    def capture_graphs(self, recorder: Recorder | None = None) -> None:
+        """Records the steps that serving replays; does nothing where they are, or are not wanted.
 
-        Weights are copied to main memory; the content of the KV cache is lost.
+        recorder: None makes CUDA graphs. Must not be called while a step runs.
         """
+        if not self._uses_graphs:
+            return
+        recorder = recorder or CudaRecorder(self.device)
+        for graphs in (self.graphs, self.denoise_graphs):
+            if graphs is not None and not graphs.is_captured:
+                graphs.capture(recorder)
+
+    def offload(self) -> Offloaded:
+        """Gives back what weights, cache and graphs take on the device, until `Offloaded.restore`.
+
+        Weights are copied to main memory; the content of the KV cache is lost. Graphs know the old
+        addresses, so they have to be captured again.
+        """
+        for graphs in (self.graphs, self.denoise_graphs):
+            if graphs is not None:
+                graphs.forget()
         modules: list[torch.nn.Module] = [self.model]
         if self.render is not None:
             self.render.denoiser.forget()
@@ -130,16 +157,21 @@ class Runner:
         n counts the drafts that were accepted, which the model's own block follows. The one wait
         for the device is the read of the new blocks.
         """
-        batch, drawn, kept = self.buffer.pack(plan)
-        result = self.generate.step(batch)
+        bucket = self.graphs.choose(plan)
+        batch, drawn, kept = self.buffer.pack(plan, bucket)
+        result = self.generate.step(batch) if bucket is None else self.graphs.replay(bucket)
         blocks = result.blocks.cpu().numpy()
         found: dict[Span, np.ndarray] = {}
         row = 0
         for span in drawn:
             found[span] = _checked(span, blocks[row : row + span.num_blocks])
             row += span.num_blocks
-        if result.hidden is not None:
-            parts = result.hidden.split([count for _, count in kept])
+        if kept:
+            assert result.hidden is not None
+            counts = [count for _, count in kept]
+            # Of a replay: out of the rows of padding, and of memory that the next one overwrites.
+            hidden = result.hidden if bucket is None else result.hidden[: sum(counts)].clone()
+            parts = hidden.split(counts)
             for (span, count), part in zip(kept, parts, strict=True):
                 rejected = span.num_blocks - len(found[span]) if span.drafts else 0
                 span.sequence.hidden_parts.append(part[: count - rejected])

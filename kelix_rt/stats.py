@@ -13,6 +13,9 @@ class EngineStats:
     drawings decoded, each in a step of its own.
     drafts_accepted, drafts_rejected: blocks that were guessed ahead; an accepted one saved a step.
     image_hits, image_misses: images whose codes were known, and those that had to be encoded.
+    graph_replays, graph_misses: block steps and evaluations of the DiT that were launched as one
+    graph, and those that were not although there are graphs: prompts, guessed blocks, the release's
+    rule of sampling; larger batches of drawings and other sizes than the model's own.
     """
 
     encode_steps: int = 0
@@ -24,3 +27,5 @@ class EngineStats:
     drafts_rejected: int = 0
     image_hits: int = 0
     image_misses: int = 0
+    graph_replays: int = 0
+    graph_misses: int = 0

@@ -45,3 +45,8 @@ def buffer_bytes(width: int, max_tokens: int, max_batch: int, pages: int) -> int
     """Bytes of the largest step."""
     largest = sections(width, max_tokens, max_batch, block_rows(max_batch), max_tokens, pages)
     return sum(aligned_bytes(dtype, shape) for dtype, shape in largest.values())
+
+
+def buckets(limit: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, ... and `limit`: the numbers of rows that recorded steps are padded to."""
+    return (*(1 << power for power in range((limit - 1).bit_length())), limit)

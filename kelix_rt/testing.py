@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kelix_rt.graphs import CudaRecorder
+
 FLUSH_BYTES = 256 << 20  # larger than any cache
 
 
@@ -64,7 +66,7 @@ def median_seconds(
             call()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
-    run = _captured(call, device) if graph else call
+    run = CudaRecorder(torch.device(device))(call) if graph else call
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     events = []
     for _ in range(repeats):
@@ -77,20 +79,6 @@ def median_seconds(
         events.append((begin_event, end_event))
     torch.cuda.synchronize(device)
     return statistics.median(begin.elapsed_time(end) * 1e-3 for begin, end in events)
-
-
-def _captured(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """Replays `call`. Warm-up runs on the capture's own stream: lazy set-up cannot be captured."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph.replay
 
 
 def copy_bandwidth(device: str = "cpu") -> float:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig
+from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry
 from kelix_rt.scheduler import MAX_RENDER_BATCH
-from kelix_rt.step_layout import block_rows, buffer_bytes
+from kelix_rt.step_layout import block_rows, buckets, buffer_bytes
 
 ALIVE = 4  # activations of a step alive at once, in units of the widest one
 RENDER_STEPS = 50  # RenderParams' default
+GRAPH_BYTES = 16 << 20  # what the driver may keep of one graph of some hundred kernels: a guess
 
 
 def max_positions(config: KelixConfig, options: EngineConfig) -> int:
@@ -29,7 +31,9 @@ def language_workspaces(
     pages = -(-max_positions(config, options) // options.page_size)
     buffer = buffer_bytes(config.num_codes + 1, options.max_step_tokens, options.max_batch, pages)
     encode = f"workspace of encoding {side} x {side} pixels"
+    graphs = MemoryEntry("decode graphs", _decode_graph_bytes(config, options, dtype), "generate")
     return [
+        *([graphs] if options.cuda_graphs and not options.verify_head else []),
         MemoryEntry("step buffers", buffer, "generate"),
         MemoryEntry(encode, _encode_bytes(config, dtype), "encode", "transient"),
         MemoryEntry(
@@ -41,7 +45,7 @@ def language_workspaces(
 def render_workspaces(
     dit: SanaConfig, vae: dict[str, Any], options: EngineConfig, dtype: torch.dtype
 ) -> list[MemoryEntry]:
-    """Of the images that are drawn at once, at the model's own size."""
+    """Of the images that are drawn at once, at the model's own size, and of denoise graphs."""
     condition = 2 * dit.depth * options.max_condition_length * dit.hidden_size * dtype.itemsize
     modulation = (6 * dit.depth + 2) * RENDER_STEPS * dit.hidden_size * dtype.itemsize
     tokens = (dit.input_size // dit.patch_size) ** 2
@@ -54,16 +58,36 @@ def render_workspaces(
         (f"modulation of {RENDER_STEPS} steps", modulation),
         ("workspace of denoising and decoding", both),
     )
-    return [MemoryEntry(name, size, "render", "transient") for name, size in lines]
+    entries = [MemoryEntry(name, size, "render", "transient") for name, size in lines]
+    if options.cuda_graphs:
+        pool = ALIVE * DENOISE_ROWS * tokens * widest * dtype.itemsize
+        graphs = DENOISE_ROWS * (condition + GRAPH_BYTES) + pool
+        entries.append(MemoryEntry("denoise graphs", graphs, "render"))
+    return entries
+
+
+def _decode_graph_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) -> int:
+    """The memory pool that all decode graphs share, as the largest needs it, and the graphs."""
+    qwen = config.qwen_config
+    rows = min(options.max_batch, options.max_step_tokens)
+    admitted = qwen.vocab_size + qwen.codes_per_book  # ids of the first slot, the most of all
+    draws = 5 * rows * admitted * torch.float32.itemsize  # their logits and what sorts them
+    activations = ALIVE * rows * _widest(config) * dtype.itemsize
+    return draws + activations + len(buckets(rows)) * GRAPH_BYTES
+
+
+def _widest(config: KelixConfig) -> int:
+    """Elements of a row of the widest activation."""
+    qwen = config.qwen_config
+    heads = (qwen.num_heads + 2 * qwen.num_kv_heads) * qwen.head_dim
+    return max(2 * qwen.intermediate_dim, heads, qwen.embed_dim)
 
 
 def _step_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) -> int:
     qwen = config.qwen_config
     rows = max(options.max_step_tokens, options.max_batch)
-    heads = (qwen.num_heads + 2 * qwen.num_kv_heads) * qwen.head_dim
-    widest = max(2 * qwen.intermediate_dim, heads, qwen.embed_dim)
     logits = block_rows(options.max_batch) * (qwen.vocab_size + qwen.codebook_size)
-    return ALIVE * rows * widest * dtype.itemsize + logits * torch.float32.itemsize
+    return ALIVE * rows * _widest(config) * dtype.itemsize + logits * torch.float32.itemsize
 
 
 def _encode_bytes(config: KelixConfig, dtype: torch.dtype) -> int:

@@ -41,6 +41,13 @@ FORBIDDEN = {
     ],
     "processing": ["kelix_rt.models", "kelix_rt.stages", "kelix_rt.engine", "kelix_rt.ops"],
     "stages": ["kelix_rt.engine", "kelix_rt.runner", "kelix_rt.scheduler", "kelix_rt.cli"],
+    "graphs": ["kelix_rt.engine", "kelix_rt.runner", "kelix_rt.scheduler", "kelix_rt.stages"],
+    "denoise_graphs": [
+        "kelix_rt.engine",
+        "kelix_rt.runner",
+        "kelix_rt.scheduler",
+        "kelix_rt.stages",
+    ],
     "runner": ["kelix_rt.engine", "kelix_rt.cli"],
 }
 

@@ -11,8 +11,10 @@ import torch
 from kelix_rt import CapacityError, ConfigError, Engine, EngineConfig, InputError, info
 from kelix_rt.assets import BUNDLED
 from kelix_rt.config import KelixConfig, read_config
+from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry, MemoryPlan
 from kelix_rt.planning import config_entries, engine_plan
+from kelix_rt.workspace import GRAPH_BYTES
 
 OPTIONS: dict[str, Any] = {"num_pages": 40, "page_size": 8, "max_batch": 4}
 
@@ -108,7 +110,8 @@ def test_a_released_size_is_planned_from_its_config() -> None:
     assert 0 < planned.concurrency() < 64
     names = {entry.name for entry in config_entries(released, torch.bfloat16)}
     assert names == set(weights) - {
-        "step buffers", "workspace of a step", "workspace of encoding 504 x 504 pixels",
+        "decode graphs", "step buffers", "workspace of a step",
+        "workspace of encoding 504 x 504 pixels",
     }  # fmt: skip
 
 
@@ -131,6 +134,27 @@ RELEASED = {
         "num_layers": 1, "dim_feedforward": 2048, "eos_token": 151681, "input_dim": 4096,
     },
 }  # fmt: skip
+
+
+def test_graphs_are_booked_where_they_are_made(golden: Path) -> None:
+    """In the plan of a GPU, and only with the option on and nothing that forbids them."""
+    path = golden / "llm" / "tiny_a"
+
+    def booked(**options: Any) -> int:
+        return dict(engine_plan(path, EngineConfig(**options)).rows()).get("decode graphs", 0)
+
+    one, eight = booked(max_batch=1), booked(max_batch=8)
+    draws = 5 * 7 * (640 + 32) * 4 + 4 * 7 * 2 * 160 * 4
+    assert eight - one == draws + 3 * GRAPH_BYTES
+    assert booked(cuda_graphs=False) == booked(verify_head=True) == 0
+    on_cpu = Engine.plan(path, EngineConfig(), device="cpu")
+    assert "decode graphs" not in dict(on_cpu.rows())
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    drawing = dict(engine_plan(path, **parts).rows())
+    room = DENOISE_ROWS * drawing["conditions of 8 drawings"] // 8
+    assert drawing["denoise graphs"] > room + DENOISE_ROWS * GRAPH_BYTES
+    without = dict(engine_plan(path, EngineConfig(cuda_graphs=False), **parts).rows())
+    assert "denoise graphs" not in without
 
 
 def test_requests_at_once_follow_pages_and_batch() -> None:

@@ -30,6 +30,7 @@ def info(
     as_json: options.Json = False,
 ) -> None:
     """Show the installation, or what a checkpoint holds and costs, before loading it."""
+    from kelix_rt import EngineConfig
     from kelix_rt import info as facts
     from kelix_rt.loading import choose_device, choose_dtype
     from kelix_rt.memory import available_bytes
@@ -38,13 +39,14 @@ def info(
         raise InputError("--plan needs a CHECKPOINT to plan for")
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
-        free = available_bytes(choose_device(device))
+        target, wanted = choose_device(device), choose_dtype(dtype)
+        chosen, free = EngineConfig().on_device(target.type), available_bytes(target)
         found["checkpoint"] = facts.checkpoint(
-            checkpoint, dtype=choose_dtype(dtype), free_bytes=free
+            checkpoint, options=chosen, dtype=wanted, free_bytes=free
         )
         if plan:
             found["plan"] = facts.engine(
-                checkpoint, dit=dit, vae=vae, dtype=choose_dtype(dtype), free_bytes=free
+                checkpoint, dit=dit, vae=vae, options=chosen, dtype=wanted, free_bytes=free
             )
     if as_json:
         print_json(found)

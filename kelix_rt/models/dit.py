@@ -22,9 +22,8 @@ from kelix_rt.models.dit_patches import patch_grid, patchify, unpatchify
 from kelix_rt.models.dit_positions import (
     PIXELS_PER_CONDITION_TOKEN,
     condition_positions,
-    image_rotary,
+    latent_tables,
     rotary_angles,
-    sincos_table,
     timestep_embedding,
 )
 from kelix_rt.models.dit_weights import UNUSED, check_options, condition_rows, weight_map
@@ -253,14 +252,9 @@ class KelixDiT(nn.Module):
         """
         grid = self._grid(latent, modulation, cache)
         x = self.embed_latent(latent)
-        config = self.config
-        if config.use_pe:
-            base = config.input_size // config.patch_size
-            width, scale = config.hidden_size, config.pe_interpolation
-            x = x + sincos_table(*grid, width, base, scale, x.dtype, x.device)
-        rotary = None
-        if config.use_cross_attn_rope:
-            rotary = image_rotary(*grid, config.hidden_size // config.num_heads, x.device)
+        places, rotary = latent_tables(self.config, grid, x.dtype, x.device)
+        if places is not None:
+            x = x + places
         for i, block in enumerate(self.blocks):
             part = modulation[MODULATIONS * i : MODULATIONS * (i + 1)]
             x = block(x, part, grid, cache.keys[i], cache.values[i], cache.mask, rotary)

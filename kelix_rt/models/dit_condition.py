@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kelix_rt.errors import InputError
+from kelix_rt.models.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
     longest = max(lengths)
     if min(lengths) == longest:
         return None
-    limits = torch.tensor(lengths, device=device).view(-1, 1, 1, 1)
+    limits = to_device(lengths, device).view(-1, 1, 1, 1)
     return torch.arange(longest, device=device) < limits
 
 

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kelix_rt.config import SanaConfig
+
 MAX_PERIOD = 10000.0
 PIXELS_PER_CONDITION_TOKEN = 28
 
@@ -115,6 +117,23 @@ def image_rotary(
     """cos and sin [height * width, 1, head_dim / 2] float32 for the image tokens."""
     angles = rotary_angles(grid_positions(height, width), head_dim).unsqueeze(1).to(device)
     return angles.cos(), angles.sin()
+
+
+def latent_tables(
+    config: SanaConfig, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What tells the tokens of a latent their places, each None where the config has no such thing.
+
+    The table that is added to them, [h * w, C], and the rotation of their queries (cos, sin).
+    """
+    added = rotary = None
+    if config.use_pe:
+        base = config.input_size // config.patch_size
+        width, scale = config.hidden_size, config.pe_interpolation
+        added = sincos_table(*grid, width, base, scale, dtype, device)
+    if config.use_cross_attn_rope:
+        rotary = image_rotary(*grid, config.hidden_size // config.num_heads, device)
+    return added, rotary
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -136,16 +136,17 @@ class KelixLM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         batch, num_slots, width = logits.shape
         slots = torch.arange(num_slots, device=logits.device)
+        shape = (batch, num_slots)
         ids, logprobs = ops.sample_blocks(
             logits.reshape(-1, width),
             params.reshape(-1, 4),
-            seeds.repeat_interleave(num_slots),
-            steps.repeat_interleave(num_slots),
-            slots.repeat(batch),
+            seeds.unsqueeze(1).expand(shape).reshape(-1),
+            steps.unsqueeze(1).expand(shape).reshape(-1),
+            slots.expand(shape).reshape(-1),
             0,
             True,
         )
-        ids, logprobs = ids.view(batch, num_slots), logprobs.view(batch, num_slots)
+        ids, logprobs = ids.view(shape), logprobs.view(shape)
         ended = (ids == self.config.block_end).cumsum(-1) > 0
         forced = torch.cat((torch.zeros_like(ended[:, :1]), ended[:, :-1]), dim=-1)
         forced[:, -1] = True

@@ -18,6 +18,7 @@ from kelix_rt import ops
 from kelix_rt.errors import InputError
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.dit_condition import ConditionCache, merge_conditions
+from kelix_rt.models.transfer import to_device
 from kelix_rt.stages.schedules import Schedule, dpm_coefficients, flow_dpm, flow_euler
 
 Scheduler = Literal["euler", "dpm++"]
@@ -88,10 +89,14 @@ class _Batch:
 
 
 class Denoiser:
-    """Steps `RenderState`s through a KelixDiT."""
+    """Steps `RenderState`s through a KelixDiT.
+
+    evaluate: `KelixDiT.forward_cached`, or what stands in for it.
+    """
 
     def __init__(self, dit: KelixDiT) -> None:
         self.dit = dit
+        self.evaluate: Callable[[Tensor, Tensor, ConditionCache], Tensor] = dit.forward_cached
         self._plans: dict[tuple[str, int, float], _Plan] = {}
         self._batches: dict[tuple[object, ...], _Batch] = {}
         # Kept as long as a guided state that uses it, and no longer.
@@ -198,14 +203,8 @@ class Denoiser:
                     guided.append(row)
                 row += 1
         device = self.dit.device
-        return _Batch(
-            states,
-            cache,
-            repeats,
-            guidance,
-            torch.tensor(guided, device=device),
-            torch.tensor(twin, device=device),
-        )
+        both = to_device(guided, device), to_device(twin, device)
+        return _Batch(states, cache, repeats, guidance, *both)
 
     def _advance(self, batch: _Batch) -> None:
         states = batch.states
@@ -229,11 +228,11 @@ class Denoiser:
             batch, [state.plan.modulation[:, state.index] for state in batch.states], dim=1
         )
         if batch.guided is None or batch.twin is None:
-            return self.dit.forward_cached(latent, modulation, batch.cache), None
-        both = torch.cat((latent, latent[batch.guided]))
-        modulation = torch.cat((modulation, modulation[:, batch.guided]), dim=1)
-        velocity = self.dit.forward_cached(both, modulation, batch.cache)
-        return velocity[: len(latent)], velocity[batch.twin]
+            return self.evaluate(latent, modulation, batch.cache), None
+        both = torch.cat((latent, latent.index_select(0, batch.guided)))
+        modulation = torch.cat((modulation, modulation.index_select(1, batch.guided)), dim=1)
+        velocity = self.evaluate(both, modulation, batch.cache)
+        return velocity[: len(latent)], velocity.index_select(0, batch.twin)
 
 
 def _per_row(batch: _Batch, values: list[Tensor], dim: int = 0) -> Tensor:
