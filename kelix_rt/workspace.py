@@ -13,6 +13,7 @@ from kelix_rt.scheduler import MAX_RENDER_BATCH
 from kelix_rt.step_layout import block_rows, buckets, buffer_bytes
 
 ALIVE = 4  # activations of a step alive at once, in units of the widest one
+DRAW_FLOATS = 5  # per id a slot may take: its logit, and draw_workspace of csrc/common/sampling.h
 RENDER_STEPS = 50  # RenderParams' default
 GRAPH_BYTES = 16 << 20  # what the driver may keep of one graph of some hundred kernels: a guess
 
