@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from kelix_rt import ops
 from kelix_rt.ops.diffusion import gated_sum
 
-
-# Up to so many rows ops.skinny_linear is ahead of torch's product on a CPU, in every dtype. On a GPU
+# Up to so many rows ops.skinny_linear is ahead of torch on a CPU, in every dtype. On a GPU
 # nobody has measured it yet.
 SKINNY_ROWS = 12
 
