@@ -18,7 +18,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kelix_rt"
-STEMS = ["activation", "attention", "block_decoder", "codes", "diffusion", "norm", "sampling"]
+STEMS = [
+    "activation",
+    "attention",
+    "block_decoder",
+    "codes",
+    "diffusion",
+    "linear",
+    "norm",
+    "sampling",
+]
 
 # What a part of the package must not import.
 FORBIDDEN = {

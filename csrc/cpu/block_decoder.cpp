@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "cpu/linear.h"
+#include "cpu/product.h"
 #include "cpu/row_sampler.h"
 
 namespace kelix::KELIX_ISA {

@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(kelix, m) {
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps=1e-05) -> Tensor");
 
   m.def("silu_mul(Tensor x) -> Tensor");
+  m.def("skinny_linear(Tensor x, Tensor weight) -> Tensor");
 
   m.def(
       "rope_store_kv(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos_sin, "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kelix_rt import ops
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import InputError
-from kelix_rt.models.layers import add, add_and_norm, needs_grad
+from kelix_rt.models.layers import add, add_and_norm, linear, needs_grad
 from kelix_rt.models.sequences import PackedLayout, PagedKV, StepContext
 from kelix_rt.ops.attention import normed_rotated
 from kelix_rt.weights import Source
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         mixed = ops.paged_attention(
             q, k, v, ctx.page_table, ctx.context_lens, ctx.query_start, self.head_dim**-0.5
         )
-        return self.output(mixed.flatten(1))
+        return linear(mixed.flatten(1), self.output.weight)
 
     def dense(self, x: Tensor, layout: PackedLayout, cos_sin: Tensor) -> Tensor:
         """`forward` of whole sequences without a cache, differentiable. x: [T, D] normed."""
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(0, 1)[layout.places].flatten(1))
 
     def _project(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = linear(x, self.qkv.weight)
         if not self.biases:
             return qkv
         parts = [
@@ -103,7 +103,7 @@ class DecoderLayer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU feed-forward, [T, D] -> [T, D]."""
-        return F.linear(ops.silu_mul(self.gate_up(x)), self.down.weight)
+        return linear(ops.silu_mul(linear(x, self.gate_up.weight)), self.down.weight)
 
 
 class Backbone(nn.Module):

@@ -40,6 +40,7 @@ from kelix_rt.ops.diffusion import (
     relu_linear_attention,
     relu_linear_attention_ref,
 )
+from kelix_rt.ops.linear import skinny_linear, skinny_linear_ref
 from kelix_rt.ops.norm import (
     add_rms_norm,
     add_rms_norm_ref,
@@ -84,4 +85,6 @@ __all__ = [
     "sample_blocks_ref",
     "silu_mul",
     "silu_mul_ref",
+    "skinny_linear",
+    "skinny_linear_ref",
 ]

@@ -19,6 +19,7 @@ def norms(device: str) -> None:
     ops.add_rms_norm(x.clone(), x, weight)
     ops.layer_norm(x, weight, weight)
     ops.silu_mul(randn(5, 78, device=device))
+    ops.skinny_linear(randn(5, 78, device=device), randn(9, 78, device=device))
 
 
 def attention(device: str) -> None:

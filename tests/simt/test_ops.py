@@ -38,6 +38,7 @@ STEMS = [
     Stem("codes", 24),
     Stem("codes", 24, "not wide_rows and not embed", capability=80),
     Stem("diffusion", 24),
+    Stem("linear", 24),
     Stem("norm", 36),
     Stem("activation", 15),
 ]
@@ -48,6 +49,7 @@ SANITIZED_STEMS = [
     Stem("codes", 3, "not wide_rows"),
     Stem("codes", 3, "not wide_rows and not embed", capability=80),
     Stem("diffusion", 6),
+    Stem("linear", 6),
     Stem("norm", 6),
     Stem("activation", 3),
 ]

@@ -1,0 +1,32 @@
+"""Products of a few rows with a large matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._wide import wide
+
+
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for few rows: every weight is read once, at the speed of memory.
+
+    x: [T, I]; weight: [O, I]; one dtype of float32, bfloat16 or float16. Returns [T, O]. Summed in
+    float32 with one rounding; a row's result does not depend on the others. Above about 8 rows a
+    library's matrix product is faster. Raises RuntimeError for other shapes and dtypes.
+    """
+    return torch.ops.kelix.skinny_linear(x, weight)
+
+
+def skinny_linear_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """Plain-torch `skinny_linear`."""
+    return (wide(x) @ wide(weight).T).to(x.dtype)
+
+
+@torch.library.register_fake("kelix::skinny_linear")
+def _skinny_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+differentiate("skinny_linear", skinny_linear_ref)
