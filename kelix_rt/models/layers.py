@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from kelix_rt import ops
 from kelix_rt.ops.diffusion import gated_sum
 
-# Up to so many rows ops.skinny_linear is ahead of torch on a CPU, in every dtype. On a GPU
+# Up to so many rows ops.skinny_linear is ahead of torch on a CPU (docs/kernels/linear.md). On a GPU
 # nobody has measured it yet.
-SKINNY_ROWS = 12
+SKINNY_ROWS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 12}
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T of a large matrix. x: [T, I]; weight: [O, I]. Returns [T, O]."""
-    if len(x) <= SKINNY_ROWS and x.device.type == "cpu":
+    if x.device.type == "cpu" and len(x) <= SKINNY_ROWS.get(x.dtype, 0):
         return ops.skinny_linear(x, weight)
     return F.linear(x, weight)
 
