@@ -143,10 +143,8 @@ def loaded(mid_size: Path, machine: Machine) -> Engine:
 
 
 def test_throughput_of_pictures(compare: Comparison, machine: Machine, mid_size: Path) -> None:
-    """Half of a picture's time alone is denoising, bound by products: eight take eight times that.
-    The aim of 2.5 for eight holds for what shares weights, answers; here the row tells the gain."""
     rates = throughput(compare, machine, loaded(mid_size, machine), draw_many)
-    assert rates[8] > rates[1]
+    assert rates[8] >= 2.5 * rates[1]
 
 
 def test_throughput_of_answers(compare: Comparison, machine: Machine, mid_size: Path) -> None:

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/vector.cuh"
 #include "kernels/codes.cuh"
 #include "kernels/codes.h"
 #include "kernels/codes_hopper.h"
@@ -10,14 +11,12 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Whether the tensor cores may have it. float32 stays with the plain kernel: tensor cores would
 // compute it as three products in TF32, and their sums do not round as float32 does.
 bool takes_tensor_cores(const NearestCodesArgs& args) {
   return args.dtype != DType::kFloat32 && args.dim > 0 && args.dim <= codes_mma::kMaxDim &&
-         args.dim % kChunk == 0 && is_aligned(args.z) && is_aligned(args.codebooks) &&
-         is_aligned(args.ln_weight) && is_aligned(args.ln_bias);
+         args.dim % kChunk == 0 &&
+         aligned_to_vectors({args.z, args.codebooks, args.ln_weight, args.ln_bias});
 }
 
 // The form for sm_90a, where it was compiled. Its tile copies count rows in 32 bits.

@@ -1,6 +1,4 @@
-#include <algorithm>
-#include <iterator>
-
+#include "common/vector.cuh"
 #include "kernels/attention.h"
 #include "kernels/rope.cuh"
 
@@ -17,11 +15,9 @@ void launch_rope(const RopeStoreKvArgs& args, void* stream) {
 
 // Whether every row can be read and written in pieces of `vector` elements.
 bool fits_vector(const RopeStoreKvArgs& args, int vector) {
-  const void* pointers[] = {args.qkv,     args.q_weight, args.k_weight, args.cos_sin,
-                            args.k_cache, args.v_cache,  args.q};
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return args.head_dim / 2 % vector == 0 &&
-         std::all_of(std::begin(pointers), std::end(pointers), aligned);
+         aligned_to_vectors({args.qkv, args.q_weight, args.k_weight, args.cos_sin, args.k_cache,
+                             args.v_cache, args.q});
 }
 
 }  // namespace
