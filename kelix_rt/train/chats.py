@@ -214,12 +214,12 @@ def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random
 
 
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return drawing(chats, prompt(subject.scene, rng).text, subject.drawing())
+    return drawing(chats, prompt(subject.scene, rng).text, subject.answer())
 
 
 def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """The same when every place is told: which words a code hangs on is then never a guess."""
-    return drawing(chats, full_request(subject.scene, rng), subject.drawing())
+    return drawing(chats, full_request(subject.scene, rng), subject.answer())
 
 
 def drawing(chats: ChatBuilder, request: str, picture: CodedPicture) -> Document:

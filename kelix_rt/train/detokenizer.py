@@ -111,8 +111,10 @@ def flow_loss(
 
 @dataclass(frozen=True)
 class DetokenizerTrainer:
-    """Everything the stages of the DiT need. latents: [pictures, C, h, w] in the DiT's scale.
+    """Everything the stages of the DiT need. latents: [2 * pictures, C, h, w], of pictures as they
+    are and then of the same plain, in the DiT's scale.
 
+    A picture as it is stands alone, as `Engine.reconstruct` has it; a plain one answers a request.
     vae: what the latents are of, to show what is drawn.
     """
 
@@ -136,11 +138,11 @@ class DetokenizerTrainer:
 
     @cached_property
     def picture_conditions(self) -> tuple[Tensor, Tensor]:
-        """Conditions [pictures, L, D] bfloat16 and masks [pictures, L] of one document per
-        picture, on the model's device. Made once: the language model is frozen."""
+        """Conditions [2 * pictures, L, D] bfloat16 and masks [2 * pictures, L] in the order of the
+        latents, on the model's device. Made once: the language model is frozen."""
         length = len(self.dit.y_embedding)
         found = []
-        indices = range(self.pictures.count)
+        indices = range(len(self.latents))
         for start in track(indices[::_TOGETHER], description="reading the training pictures"):
             documents = [self._document(index) for index in indices[start : start + _TOGETHER]]
             embeds, mask = conditions(self.model, documents, length)
@@ -151,20 +153,21 @@ class DetokenizerTrainer:
         """Latents, conditions and masks of one step."""
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {name} {step}")
         size = self.recipe.detokenizer[name].batch
-        return self._targets([rng.randrange(self.pictures.count) for _ in range(size)])
+        return self._targets([rng.randrange(len(self.latents)) for _ in range(size)])
 
     def _targets(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         condition, mask = self.picture_conditions
         clean = self.latents[indices].to(self.dit.device, torch.float32)
         return clean, condition[indices].float(), mask[indices]
 
-    def _document(self, index: int) -> Document:
-        """Request and picture; every fourth picture alone, as `Engine.reconstruct` has it."""
-        if index % 4 == 3:
-            return self.chats.plain(self.chats.image, [self.pictures.drawing(index)])
+    def _document(self, number: int) -> Document:
+        """What the language model reads of latent `number`."""
+        if number < self.pictures.count:
+            return self.chats.plain(self.chats.image, [self.pictures.drawing(number)])
+        index = number - self.pictures.count
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
         request = prompt(scene_of(index, self.recipe.seed), rng)
-        return drawing(self.chats, request.text, self.pictures.drawing(index))
+        return drawing(self.chats, request.text, self.pictures.answer(index))
 
     def _places(self) -> Tensor:
         """Row and column [L, 2] of the latent that each row of a condition belongs to, or -1."""
@@ -180,7 +183,8 @@ class DetokenizerTrainer:
         """Every so often: decoded latents above what is drawn, as detokenizer-<stage>.png."""
         if step % SHOWN_EVERY and step != self.recipe.detokenizer[name].steps:
             return
-        shown = list(range(min(SHOWN, self.pictures.count)))
+        half, count = SHOWN // 2, self.pictures.count
+        shown = [start + i for start in (0, count) for i in range(min(half, count))]
         clean, condition, mask = self._targets(shown)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
         drawn = sample(self.dit, condition, mask, noise, SHOWN_STEPS)[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
 from kelix_rt.train.states import write_whole
 from kelix_rt.train.world import WORLD_VERSION, draw, make_scene
-from kelix_rt.train.world_scene import Scene
+from kelix_rt.train.world_scene import Scene, plain
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -42,12 +42,14 @@ class CodedPicture:
 class PictureCodes:
     """Codes of train pictures 0 .. count - 1.
 
-    drawn: int16 [count, T, N] at the side that drawings have. other: codes at one further side per
-    picture: side -> int16 [pictures with this side, T', N]; picture i has other_sides[i % len].
+    drawn: int16 [count, T, N] at the side that drawings have. plain: the same of the scenes without
+    their nuisances (`plain`). other: codes at one further side per picture: side -> int16 [pictures
+    with this side, T', N]; picture i has other_sides[i % len].
     to_ids: codes [T, N] -> ids of the unified vocabulary.
     """
 
     drawn: Tensor
+    plain: Tensor
     other: Mapping[int, Tensor]
     side: int
     patch: int
@@ -61,6 +63,10 @@ class PictureCodes:
     def drawing(self, index: int) -> CodedPicture:
         """Picture `index` at the side that drawings have."""
         return self._coded(self.drawn[index], self.side)
+
+    def answer(self, index: int) -> CodedPicture:
+        """What a request for picture `index` is answered with: its scene, plain."""
+        return self._coded(self.plain[index], self.side)
 
     def seen(self, index: int, rng: random.Random) -> CodedPicture:
         """Picture `index` at any side: a third of the time not the one of drawings."""
@@ -86,6 +92,10 @@ class Subject:
     def drawing(self) -> CodedPicture:
         """The picture at the side that drawings have."""
         return self.codes.drawing(self.index)
+
+    def answer(self) -> CodedPicture:
+        """What a request for the scene is answered with."""
+        return self.codes.answer(self.index)
 
     def seen(self, rng: random.Random) -> CodedPicture:
         """The picture at any side."""
@@ -116,11 +126,15 @@ def encode_pictures(
     facts = {"side": side, "others": other_sides, "count": count, "seed": seed}
 
     def make() -> dict[str, Tensor]:
-        found = {"drawn": _codes(tokenizer, images, range(count), side, seed)}
+        scenes = [scene_of(index, seed) for index in range(count)]
+        found = {
+            "drawn": _codes(tokenizer, images, scenes, side),
+            "plain": _codes(tokenizer, images, [plain(scene) for scene in scenes], side),
+        }
         for number, other in enumerate(other_sides):
-            own = range(number, count, len(other_sides))
+            own = scenes[number :: len(other_sides)]
             if own:
-                found[f"other.{other}"] = _codes(tokenizer, images, own, other, seed)
+                found[f"other.{other}"] = _codes(tokenizer, images, own, other)
         return found
 
     stored = _cached(cache, facts, tokenizer, make)
@@ -129,18 +143,20 @@ def encode_pictures(
     def to_ids(codes: Tensor) -> Tensor:
         return tokenizer.global_ids(codes, vocab).cpu()
 
-    return PictureCodes(stored["drawn"], other, side, images.patch_size, to_ids)
+    return PictureCodes(stored["drawn"], stored["plain"], other, side, images.patch_size, to_ids)
 
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: Path) -> Tensor:
-    """Latents bfloat16 [count, C, h, w] of the train pictures, in the DiT's scale; cached."""
+    """Latents bfloat16 [2 * count, C, h, w] in the DiT's scale of the train pictures as they are,
+    and behind them of the same pictures plain; cached."""
     parameter = next(vae.parameters())
 
     def make() -> dict[str, Tensor]:
+        scenes = [scene_of(index, seed) for index in range(count)]
         parts = []
-        for indices in _batches(range(count)):
-            pixels = to_pixels([draw(scene_of(i, seed), side) for i in indices])
+        for batch in _batches([*scenes, *map(plain, scenes)]):
+            pixels = to_pixels([draw(scene, side) for scene in batch])
             latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent
             parts.append((latent.float() * vae.config.scaling_factor).bfloat16().cpu())
         return {"latents": torch.cat(parts)}
@@ -161,19 +177,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def _codes(
-    tokenizer: VisionTokenizer, images: ImageProcessor, indices: range, side: int, seed: int
+    tokenizer: VisionTokenizer, images: ImageProcessor, scenes: Sequence[Scene], side: int
 ) -> Tensor:
     parts = []
-    for batch in _batches(indices):
-        patches = [images.patchify(draw(scene_of(i, seed), side)) for i in batch]
+    for batch in _batches(scenes):
+        patches = [images.patchify(draw(scene, side)) for scene in batch]
         pixels, grids = zip(*patches, strict=True)
         codes = tokenizer.encode(torch.cat(pixels), torch.cat(grids))
         parts.append(codes.view(len(batch), -1, codes.shape[1]).to(torch.int16).cpu())
     return torch.cat(parts)
 
 
-def _batches(indices: range) -> Iterator[range]:
-    return (indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH))
+def _batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
+    return (scenes[start : start + _BATCH] for start in range(0, len(scenes), _BATCH))
 
 
 def _cached(

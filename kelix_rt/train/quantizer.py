@@ -25,11 +25,23 @@ COMMITMENT = 0.25  # beta, the weight of the loss that draws features to their c
 @dataclass(frozen=True)
 class Quantized:
     """codes: int64 [T, N]. vectors: [T, N, d], the codes forwards, the features backwards.
-    loss: the VQ loss, a scalar."""
+    loss: the VQ loss, a scalar. features: [T, N, d], what was compared with the codes."""
 
     codes: Tensor
     vectors: Tensor
     loss: Tensor
+    features: Tensor
+
+    def twin_loss(self, twins: Tensor) -> Tensor:
+        """Mean squared distance of features from the codes of their twins.
+
+        twins: int64 [m, 2], pairs of tokens that should have the same codes.
+        """
+        one, other = twins.unbind(1)
+        codes = self.vectors.detach()
+        return F.mse_loss(self.features[one], codes[other]) + F.mse_loss(
+            self.features[other], codes[one]
+        )
 
 
 class SimVQ(nn.Module):
@@ -102,7 +114,7 @@ class SimVQ(nn.Module):
         loss = F.mse_loss(picked, normed.detach()) + COMMITMENT * F.mse_loss(
             normed, picked.detach()
         )
-        return Quantized(codes, normed + (picked - normed).detach(), loss)
+        return Quantized(codes, normed + (picked - normed).detach(), loss, normed)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the released layout; every quantizer stores the table of all centres."""

@@ -161,7 +161,7 @@ CPU = Recipe(
         "warmup": Stage(3500, 2e-3, 100, 24, lr_floor=0.03),
         "1": Stage(300, 1e-3, 30, 6, lr_floor=0.3),
         "2": Stage(2500, 7e-4, 50, 6, lr_floor=0.2),
-        "3": Stage(700, 1.5e-4, 1, 6, lr_floor=0.05),
+        "3": Stage(1500, 5e-4, 50, 6, lr_floor=0.02),
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={

@@ -45,6 +45,8 @@ from kelix_rt.weights import split_weights
 
 STAGES = ("warmup", "1", "2", "3")
 CONTINUOUS = "warmup"  # the stage without a quantizer
+QUIET = "3"  # the stage with twins
+TWIN_WEIGHT = 3.0
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
 WHITENED = 150  # pictures whose patches the patch embedding starts from
@@ -122,15 +124,19 @@ class TokenizerTrainer:
         if name == CONTINUOUS:
             return self.views.close_ups(endless, count, sizes.side, rng)
         side = rng.choice((sizes.side, *sizes.other_sides))
-        return self.views.pictures(list(islice(endless, count)), side, TASKS[name], rng)
+        views = self.views.twins if name == QUIET else self.views.pictures
+        return views(list(islice(endless, count)), side, TASKS[name], rng)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
-        """loss = text (next token) + labels + pixels + sight + vq.
+        """loss = text (next token) + labels + pixels + sight + vq + twins.
 
         sight: labels read from the vision transformer itself. While `continuous` it learns from
         them alone; through a merger that has yet to learn it sees little but noise.
+        twins: tokens of the same pixels should have the same codes, wherever they lie and whatever
+        lies beside them; what depends on that is noise to a language model that writes codes.
 
-        Without text where nothing is read, without vq while `continuous`.
+        Without text where nothing is read, without vq while `continuous`, without twins where there
+        are none.
         """
         patches = batch.patches.to(self.device)
         layout = self.model.layout(patches, batch.grids)
@@ -145,11 +151,13 @@ class TokenizerTrainer:
         else:
             quantized = self.quantizer(z, self.model)
             vectors, losses["vq"] = quantized.vectors, quantized.loss
+            if len(batch.twins):
+                losses["twins"] = TWIN_WEIGHT * quantized.twin_loss(batch.twins.to(self.device))
             self._recent.append(quantized.codes)
         fused = fuse(vectors, self.model)
         if batch.readings:
-            tokens = [length // 4 for length in layout.lengths]
-            losses["text"] = self.reader(fused, tokens, batch.readings)
+            tokens = [length // 4 for length in layout.lengths[: len(batch.readings)]]
+            losses["text"] = self.reader(fused[: sum(tokens)], tokens, batch.readings)
         shown = torch.cat((patches, batch.covered.to(self.device)), dim=1)
         wanted = token_pixels(shown, layout.merge_order)
         scaled = F.rms_norm(fused, fused.shape[1:])

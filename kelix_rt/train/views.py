@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from kelix_rt.train.close_ups import thing_windows, word_windows
 from kelix_rt.train.reading import Reading, read_scene
 from kelix_rt.train.token_labels import token_labels
 from kelix_rt.train.world_draw import coverage, draw
-from kelix_rt.train.world_scene import Scene
+from kelix_rt.train.world_scene import CELLS, Scene, plain
+
+ALIKE = 4
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,23 @@ class View:
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Views end to end, as the fields of `View` say; what is read from each, if anything."""
+    """Views end to end, as the fields of `View` say; what is read from the first of them, if
+    anything. twins: int64 [m, 2], pairs of tokens that should have the same codes."""
 
     patches: Tensor
     covered: Tensor
     grids: Tensor
     labels: Tensor
     readings: Sequence[Reading]
+    twins: Tensor
 
     @classmethod
-    def of(cls, views: Sequence[View], readings: Sequence[Reading] = ()) -> PictureBatch:
+    def of(
+        cls,
+        views: Sequence[View],
+        readings: Sequence[Reading] = (),
+        twins: Tensor | None = None,
+    ) -> PictureBatch:
         """Views in their order."""
         return cls(
             torch.cat([view.patches for view in views]),
@@ -50,7 +59,31 @@ class PictureBatch:
             torch.cat([view.grid for view in views]),
             torch.cat([view.labels for view in views]),
             readings,
+            torch.empty(0, 2, dtype=torch.int64) if twins is None else twins,
         )
+
+
+def equal_tokens(views: Sequence[View], rng: random.Random) -> Tensor:
+    """int64 [m, 2]: pairs of tokens of the same pixels, at any place of any of the views.
+
+    A token stands in two pairs at most, and so do `ALIKE` tokens of the same pixels: else the empty
+    ones would be nearly all.
+    """
+    pixels = torch.cat([_token_pixels(view) for view in views])
+    kinds = torch.unique(pixels, dim=0, return_inverse=True)[1].tolist()
+    alike: dict[int, list[int]] = {}
+    for token in rng.sample(range(len(kinds)), len(kinds)):
+        alike.setdefault(kinds[token], []).append(token)
+    rings = [tokens[:ALIKE] for tokens in alike.values() if len(tokens) > 1]
+    pairs = [pair for ring in rings for pair in zip(ring, ring[1:] + ring[:1], strict=True)]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+
+
+def _token_pixels(view: View) -> Tensor:
+    """[tokens, 4 * 3 * P * P] in the order of the labels."""
+    _, rows, columns = view.grid[0].tolist()
+    flat = view.patches.flatten(1).view(rows // 2, 2, columns // 2, 2, -1)
+    return flat.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class Views:
@@ -67,8 +100,25 @@ class Views:
 
         task: how many questions are asked of each, and whether a caption follows.
         """
-        readings = [read_scene(scene, self._text, self._end_id, rng, *task) for scene in scenes]
-        return PictureBatch.of([self._whole(scene, side) for scene in scenes], readings)
+        return PictureBatch.of(
+            [self._whole(scene, side) for scene in scenes], self._readings(scenes, task, rng)
+        )
+
+    def twins(
+        self, scenes: Sequence[Scene], side: int, task: tuple[int, bool], rng: random.Random
+    ) -> PictureBatch:
+        """`pictures`, half of them plain, and behind them unread ones of things of theirs at other
+        places."""
+        plains = [plain(scene) for scene in scenes[: len(scenes) // 2]]
+        scenes = [*plains, *scenes[len(plains) :]]
+        moved = [_moved(scene, rng) for scene in plains]
+        views = [self._whole(scene, side) for scene in (*scenes, *moved)]
+        return PictureBatch.of(views, self._readings(scenes, task, rng), equal_tokens(views, rng))
+
+    def _readings(
+        self, scenes: Sequence[Scene], task: tuple[int, bool], rng: random.Random
+    ) -> list[Reading]:
+        return [read_scene(scene, self._text, self._end_id, rng, *task) for scene in scenes]
 
     def close_ups(
         self, scenes: Iterator[Scene], count: int, side: int, rng: random.Random
@@ -102,3 +152,15 @@ class Views:
         patches, grid = self._images.patchify(picture)
         covered, _ = self._images.patchify(coverage(scene, picture).convert("RGB"))
         return View(patches, covered[:, :1], grid, token_labels(scene, side // self._images.factor))
+
+
+def _moved(scene: Scene, rng: random.Random) -> Scene:
+    """Some of the things of a scene, at least one where there are any, in other corners; its word
+    stays or goes."""
+    word = scene.word if rng.random() < 0.5 else None
+    corners = [c for c in CELLS[:4] if word is None or not c.startswith(scene.band)]
+    most = min(len(scene.things), len(corners))
+    kept = rng.sample(scene.things, rng.randint(min(1, most), most))
+    cells = rng.sample(corners, len(kept))
+    things = tuple(replace(thing, cell=cell) for thing, cell in zip(kept, cells, strict=True))
+    return replace(scene, things=things, word=word)

@@ -64,7 +64,7 @@ def draw(scene: Scene, side: int = 112) -> Image.Image:
     """RGB picture of side x side pixels, anti-aliased. Raises InputError for side < 32."""
     if side < MIN_SIDE:
         raise InputError(f"draw: side must be at least {MIN_SIDE} pixels, got {side}")
-    rng = random.Random(scene.variation)
+    rng = _Plain() if scene.variation is None else random.Random(scene.variation)
     picture = _background(scene.background, side, rng)
     for thing in scene.things:
         _draw_thing(picture, thing, rng)
@@ -79,6 +79,16 @@ def coverage(scene: Scene, drawn: Image.Image) -> Image.Image:
     shown, background = (np.asarray(picture, dtype=np.int16) for picture in (drawn, bare))
     stands_off = np.abs(shown - background).max(axis=2) > COVERED
     return Image.fromarray(stands_off.astype(np.uint8) * 255)
+
+
+class _Plain(random.Random):
+    """Nuisances of a plain picture: the middle of every range."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return (a + b) / 2
+
+    def randint(self, a: int, b: int) -> int:
+        return (a + b) // 2
 
 
 @cache
@@ -131,9 +141,7 @@ def word_font(size: int) -> ImageFont.FreeTypeFont:
 
 def _draw_thing(picture: Image.Image, thing: Thing, rng: random.Random) -> None:
     side = picture.width
-    centre = [
-        side * (c + rng.uniform(-1, 1) * SHIFTS[thing.size]) for c in CELL_CENTRES[thing.cell]
-    ]
+    centre = [side * _shifted(c, SHIFTS[thing.size], rng) for c in CELL_CENTRES[thing.cell]]
     diameter = side * DIAMETERS[thing.size] * rng.uniform(0.94, 1.06)
     turn = rng.uniform(-TURN, TURN)
     whole = [math.floor(c) for c in centre]
@@ -147,7 +155,7 @@ def _draw_word(picture: Image.Image, scene: Scene, rng: random.Random) -> None:
     side, scale = picture.width, SUPERSAMPLING
     font = word_font(round(scale * side * rng.uniform(0.27, 0.33)))
     x = side * (0.5 + rng.uniform(-0.05, 0.05))
-    y = side * (BAND_HEIGHTS[scene.band] + rng.uniform(-0.04, 0.04))
+    y = side * _shifted(BAND_HEIGHTS[scene.band], 0.04, rng)
     ink = LIGHT_INK if scene.background in LIGHT_INK_ON else DARK_INK
     # Supersampled like the shapes: letters drawn in place would snap to whole pixels.
     height = side // 2
@@ -160,11 +168,21 @@ def _draw_word(picture: Image.Image, scene: Scene, rng: random.Random) -> None:
 def _background(name: str, side: int, rng: random.Random) -> Image.Image:
     """A tint of the colour with a faint slope of brightness in some direction."""
     base = _tinted(BACKGROUND_VALUES[name], 7, rng)
+    if isinstance(rng, _Plain):
+        return Image.new("RGB", (side, side), base)
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 6)
     ramp = np.linspace(-strength, strength, side, dtype=np.float32)
     slope = ramp[None, :] * math.cos(angle) + ramp[:, None] * math.sin(angle)
     pixels = np.asarray(base, dtype=np.float32) + slope[:, :, None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _shifted(place: float, most: float, rng: random.Random) -> float:
+    """A place moved by at most `most`; of a plain picture on a quarter of the side, so that a thing
+    covers the pixels of its tokens alike in every cell."""
+    if isinstance(rng, _Plain):
+        return round(4 * place) / 4
+    return place + rng.uniform(-1, 1) * most
 
 
 def _tinted(colour: Colour, spread: int, rng: random.Random) -> Colour:

@@ -6,7 +6,7 @@ A scene is data only: it knows neither pixels nor words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kelix_rt.errors import ConfigError, InputError
 
@@ -58,14 +58,15 @@ class Scene:
 
     things: 0 to 4 objects, in cells of their own. word: printed word or None. band: where the word
     stands (nothing else lies there). variation: seed of the nuisances that no text names (shifts,
-    exact sizes, turns, tints). Raises InputError for unknown names or clashing places.
+    exact sizes, turns, tints); None: none of them, so that the picture is decided by what texts can
+    name. Raises InputError for unknown names or clashing places.
     """
 
     things: tuple[Thing, ...]
     background: str
     word: str | None = None
     band: str = "center"
-    variation: int = 0
+    variation: int | None = 0
 
     def __post_init__(self) -> None:
         require("Scene", "background", self.background, BACKGROUNDS)
@@ -102,6 +103,12 @@ class Scene:
                 if relation is not None:
                     found.append((a, relation, b))
         return found
+
+
+def plain(scene: Scene) -> Scene:
+    """The scene without nuisances. Drawing is taught with these: what no text names is most of a
+    picture's codes, and drowns the little that the request decides."""
+    return replace(scene, variation=None)
 
 
 def relation_between(cell: str, other: str) -> str | None:

@@ -105,7 +105,7 @@ def test_dropout_replaces_the_condition(dropout: float) -> None:
 def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
     stage = Stage(2, 1e-3, 1, 2)
     recipe = tiny.replaced(detokenizer={"1": stage, "2": stage})
-    model, latents = tiny.model(), torch.randn(3, 4, 2, 2).bfloat16()
+    model, latents = tiny.model(), torch.randn(6, 4, 2, 2).bfloat16()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     dit = new_dit(CONFIG, "cpu", seed=0)
     rows = dit.y_embedding.clone()

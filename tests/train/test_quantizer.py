@@ -93,3 +93,15 @@ def test_configs_without_a_block_per_book_are_refused() -> None:
     narrow = replace(config, init_embedding_dim=8)
     with pytest.raises(ConfigError, match="init_embedding_dim must be 16"):
         SimVQ(narrow).start(randn(100, 16), new_vision_tokenizer(narrow, "cpu", 0))
+
+
+def test_twins_are_drawn_to_each_others_codes(parts: tuple[VisionTokenizer, SimVQ]) -> None:
+    model, quantizer = parts
+    z = randn(4, 2, 4).requires_grad_()
+    found = quantizer(z, model)
+    twins = torch.tensor([[0, 2], [3, 1]])
+    swapped = found.vectors.detach()[[2, 3, 0, 1]]
+    want = 2 * F.mse_loss(normalise(z, model), swapped)
+    torch.testing.assert_close(found.twin_loss(twins), want)
+    (got,) = torch.autograd.grad(found.twin_loss(twins[:1]), z)
+    assert got[[0, 2]].abs().min() > 0 and not got[[1, 3]].any()

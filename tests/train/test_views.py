@@ -12,8 +12,9 @@ import torch
 from kelix_rt.processing import ImageProcessor, TextTokenizer
 from kelix_rt.train.recipe import Sizes
 from kelix_rt.train.text_tokenizer import write_text_tokenizer
-from kelix_rt.train.views import Views
-from kelix_rt.train.world import make_scene
+from kelix_rt.train.views import ALIKE, PictureBatch, Views
+from kelix_rt.train.world import draw, make_scene
+from kelix_rt.train.world_scene import plain
 
 SIDE = 224
 
@@ -45,3 +46,36 @@ def test_close_ups_are_half_of_things_and_half_of_words(views: Views) -> None:
     assert all((part[:, 0] > 0).any() for part in parts[:4])
     assert all((part[:, 3] > 0).any() for part in parts[4:])
     assert set(torch.unique(batch.covered).tolist()) == {-1.0, 1.0}
+
+
+def token_pixels(batch: PictureBatch) -> torch.Tensor:
+    pictures = batch.patches.view(-1, 8, 2, 8, 2, 3 * 14 * 14)
+    return pictures.transpose(2, 3).reshape(-1, 4 * 3 * 14 * 14)
+
+
+def test_twins_have_the_same_pixels_wherever_they_lie(views: Views) -> None:
+    scenes = [make_scene("train", index, kind="mixed") for index in range(4)]
+    batch = views.twins(scenes, SIDE, (2, True), random.Random(0))
+    assert len(batch.readings) == 4 and len(batch.grids) == 6
+    pixels = token_pixels(batch)
+    one, other = batch.twins.unbind(1)
+    assert torch.equal(pixels[one], pixels[other]) and (one != other).all()
+    assert torch.bincount(one).max() == torch.bincount(other).max() == 1
+    shaped = batch.labels[one, 0] > 0
+    assert shaped.any() and not shaped.all()
+    assert (one % 64 != other % 64)[shaped].any(), "a thing at another place"
+    kinds = torch.unique(pixels[one], dim=0, return_counts=True)[1]
+    assert kinds.min() >= 2 and kinds.max() == ALIKE
+
+
+def test_half_of_the_pictures_with_twins_are_plain(views: Views) -> None:
+    scenes = [make_scene("train", index) for index in range(4)]
+    batch = views.twins(scenes, SIDE, (2, True), random.Random(0))
+    shown = [*map(plain, scenes[:2]), *scenes[2:]]
+    patches = [views._images.patchify(draw(scene, SIDE))[0] for scene in shown]
+    assert torch.equal(batch.patches[: 4 * 256], torch.cat(patches))
+
+
+def test_no_twins_without_a_second_picture(views: Views) -> None:
+    batch = views.pictures([make_scene("train", 0)], SIDE, (1, False), random.Random(0))
+    assert batch.twins.shape == (0, 2)

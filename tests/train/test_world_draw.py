@@ -9,8 +9,8 @@ from PIL import Image
 
 from kelix_rt.errors import InputError
 from kelix_rt.train.world_draw import COLOUR_VALUES, coverage, draw, shape_mask, word_font
-from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing
-from kelix_rt.train.world_splits import make_scenes
+from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing, plain
+from kelix_rt.train.world_splits import make_scene, make_scenes
 
 
 def test_pictures_are_deterministic_and_vary() -> None:
@@ -102,3 +102,27 @@ def test_coverage_is_where_something_is_drawn() -> None:
     assert covered[70:96].any() and not covered[105:].any()  # the word's band, the rim
     bare = Scene((), "mint", variation=3)
     assert not np.asarray(coverage(bare, draw(bare, 112))).any()
+
+
+def test_plain_pictures_differ_by_what_texts_can_name() -> None:
+    scenes = [make_scene("train", 3), replace(make_scene("train", 3), variation=7)]
+    varied, other = (np.asarray(draw(scene, 112)) for scene in scenes)
+    one, two = (np.asarray(draw(plain(scene), 112)) for scene in scenes)
+    assert np.array_equal(one, two) and not np.array_equal(varied, other)
+    thing = Thing("square", "red", "large", "center")
+    picture = draw(Scene((thing,), "white", variation=None), 112)
+    assert picture.getpixel((56, 56)) == COLOUR_VALUES["red"]
+    mask = np.asarray(coverage(Scene((thing,), "white", variation=None), picture)) > 0
+    assert np.array_equal(mask, mask[::-1]) and np.array_equal(mask, mask[:, ::-1])
+
+
+def test_a_thing_of_a_plain_picture_covers_its_tokens_alike_in_every_cell() -> None:
+    quarters = []
+    for cell, (left, top) in {
+        "top left": (0, 0),
+        "center": (56, 56),
+        "top right": (112, 0),
+    }.items():
+        picture = draw(Scene((Thing("star", "blue", "large", cell),), "tan", variation=None), 224)
+        quarters.append(np.asarray(picture)[top : top + 112, left : left + 112])
+    assert np.array_equal(quarters[0], quarters[1]) and np.array_equal(quarters[0], quarters[2])
