@@ -17,6 +17,7 @@ struct NearestCodesArgs {
   const float* norms;     // [books, codes]
   const void* ln_weight;  // [books, dim] or null: z is used as it is
   const void* ln_bias;    // [books, dim] or null
+  const float* token_norms;  // [tokens, books], CUTLASS in reference mode only
   int64_t* indices;       // [tokens, books]
   float* workspace;       // CPU only: slots * floats of csrc/cpu/codes.h
   int64_t slots;          // CPU only
