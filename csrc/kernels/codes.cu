@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "common/vector.cuh"
 #include "kernels/codes.cuh"
 #include "kernels/codes.h"
@@ -9,8 +10,6 @@
 
 namespace kelix::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether the tensor cores may have it. float32 stays with the plain kernel: tensor cores would
 // compute it as three products in TF32, and their sums do not round as float32 does.

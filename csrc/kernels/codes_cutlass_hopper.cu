@@ -1,10 +1,11 @@
 // Nearest codes as a CUTLASS product of sm_90a over all books, with an epilogue of its own that
 // looks for the nearest code in the accumulators. Its hand-written sibling is codes_hopper.cuh.
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/detail.hpp>
 #include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "kernels/codes_cutlass.h"
@@ -14,9 +15,9 @@ namespace kelix::cuda {
 namespace {
 
 using cute::_1;
+using cute::_128;
 using cute::_2;
 using cute::_64;
-using cute::_128;
 
 // The collective that CUTLASS calls with the products of a tile. Nothing of them is stored: a
 // token's nearest code of the tile goes as a key into the memory of the indices.
@@ -104,8 +105,8 @@ class NearestEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < 8; ++j) {
         const int code = first_code + cute::get<1>(places(at(0, first + j)));
-        norms[j] = code < codes ? params_.norms[static_cast<int64_t>(book) * codes + code]
-                                : INFINITY;
+        norms[j] =
+            code < codes ? params_.norms[static_cast<int64_t>(book) * codes + code] : INFINITY;
       }
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRows; ++row) {
@@ -160,8 +161,8 @@ struct Product {
       cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
       NearestEpilogue<T, kReference>>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
 template <class T, bool kReference>

@@ -49,14 +49,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_kernel(LayerNormArg
   const HeldRow<T, kWidth> weight(row_of(args.weight), args.cols);
   const HeldRow<T, kWidth> bias(row_of(args.bias), args.cols);
 
-  float sum = 0;
-  for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
-    float v[kWidth];
-    x.get(at, piece, v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += v[i];
-  });
-  const float rough_mean = cta_sum(sum, scratch) / args.cols;
+  const float rough_mean = row_mean(x, args.cols, scratch);
   // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
   // finds what rounding left in the mean.
   float left_over = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "kernels/codes.h"
 #include "ops/launch.h"
 
@@ -15,7 +16,7 @@ constexpr int64_t kWorkspaceFloats = int64_t{2} << 20;  // 8 MB over all workers
 
 // Workers that share the (book, block of tokens) pieces, each with its own scratch.
 int64_t worker_count(const NearestCodesArgs& args) {
-  const int64_t pieces = args.books * ((args.tokens + kCodeTokens - 1) / kCodeTokens);
+  const int64_t pieces = args.books * ceil_div(args.tokens, kCodeTokens);
   const int64_t slot_floats = std::max<int64_t>(1, nearest_codes_slot_floats(args.dim));
   return std::min(pieces, std::max<int64_t>(1, kWorkspaceFloats / slot_floats));
 }
@@ -77,6 +78,15 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
   return indices;
 }
 
+// Contiguous from a multiple of 16 bytes on, as TMA wants it.
+Tensor aligned(const Tensor& tensor) {
+  const Tensor packed = dense(tensor);
+  if (reinterpret_cast<uintptr_t>(data(packed)) % 16 == 0) return packed;
+  Tensor copy = new_like(packed);
+  torch::stable::copy_(copy, packed);
+  return copy;
+}
+
 Tensor nearest_codes_cutlass(const Tensor& z, const Tensor& codebooks, const Tensor& norms,
                              const std::optional<Tensor>& token_norms) {
   Check check("nearest_codes_cutlass");
@@ -92,14 +102,10 @@ Tensor nearest_codes_cutlass(const Tensor& z, const Tensor& codebooks, const Ten
             shape_text(z))
       .rule(check["T"] <= INT32_MAX, "z", "must have fewer than 2^31 tokens", shape_text(z))
       .rule(uses_cuda(z), "z", "must be on a GPU (nearest_codes runs everywhere)", "a CPU tensor");
-  const Tensor input = dense(z);
-  const Tensor books = dense(codebooks);
+  const Tensor input = aligned(z);
+  const Tensor books = aligned(codebooks);
   const Tensor squares = dense(norms);
   const auto rounded = dense(token_norms);
-  for (const auto& [tensor, name] : {std::pair(&input, "z"), std::pair(&books, "codebooks")}) {
-    check.rule(reinterpret_cast<uintptr_t>(data(*tensor)) % 16 == 0, name,
-               "must start at a multiple of 16 bytes (clone it)", "an address between them");
-  }
   Tensor indices = new_tensor({check["T"], check["N"]}, ScalarType::Long, input);
   NearestCodesArgs args{};
   args.z = data(input);

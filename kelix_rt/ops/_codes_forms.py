@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
@@ -34,9 +34,21 @@ class Choice:
 CHOSEN: dict[Key, Choice] = {}
 
 
-def key_of(codebooks: Tensor, tokens: int, reference: bool) -> Key:
-    """What a choice holds for: device, dtype, shape, mode, and tokens up to a factor of two."""
-    return (codebooks.device, codebooks.dtype, *codebooks.shape, reference, tokens.bit_length())
+def key_of(
+    z: Tensor,
+    codebooks: Tensor,
+    norms: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    reference: bool,
+) -> Key:
+    """What a choice holds for: device, dtype and shape of all inputs, and the mode.
+
+    Of the number of tokens only its binary digits count.
+    """
+    others = (codebooks, norms, ln_weight, ln_bias)
+    kinds = (None if t is None else (t.device, t.dtype, t.shape) for t in others)
+    return (z.device, z.dtype, z.shape[1:], z.shape[0].bit_length(), reference, *kinds)
 
 
 def token_norms(z: Tensor) -> Tensor:
@@ -44,22 +56,25 @@ def token_norms(z: Tensor) -> Tensor:
     return z.square().float().sum(-1).to(z.dtype).float()
 
 
-@torch.no_grad()
-def nearest_codes_product(
-    z: Tensor,
-    codebooks: Tensor,
-    norms: Tensor,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    reference: bool = False,
-) -> Tensor:
+def _after_norm(search: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Form:
+    """The form of a search for the codes of tokens that are normalised already."""
+
+    @wraps(search)
+    @torch.no_grad()
+    def form(z, codebooks, norms, ln_weight=None, ln_bias=None, eps=1e-5, reference=False):  # type: ignore[no-untyped-def]
+        if ln_weight is not None:
+            z = layer_norm(z, ln_weight, ln_bias, eps)
+        return search(z, codebooks, norms, reference)
+
+    return form
+
+
+@_after_norm
+def nearest_codes_product(z: Tensor, codebooks: Tensor, norms: Tensor, reference: bool) -> Tensor:
     """`nearest_codes` by torch: a batched product (cuBLAS on a GPU), then the minimum of each row.
 
     Distances are stored, `DISTANCE_BYTES` at a time.
     """
-    if ln_weight is not None:
-        z = layer_norm(z, ln_weight, ln_bias, eps)
     num_books, num_codes, _ = codebooks.shape
     rows = max(1, DISTANCE_BYTES // (4 * num_books * num_codes))
     indices = z.new_empty(z.shape[:2], dtype=torch.int64)
@@ -89,18 +104,9 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def nearest_codes_cutlass(
-    z: Tensor,
-    codebooks: Tensor,
-    norms: Tensor,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    reference: bool = False,
-) -> Tensor:
+@_after_norm
+def nearest_codes_cutlass(z: Tensor, codebooks: Tensor, norms: Tensor, reference: bool) -> Tensor:
     """`nearest_codes` by a CUTLASS product of all books; 16-bit on sm_90a, d a multiple of 8."""
-    if ln_weight is not None:
-        z = layer_norm(z, ln_weight, ln_bias, eps)
     squares = token_norms(z) if reference else None
     return torch.ops.kelix.nearest_codes_cutlass(z, codebooks, norms, squares)
 
@@ -126,8 +132,7 @@ def forms_for(codebooks: Tensor) -> dict[str, Form]:
     forms["product"] = nearest_codes_product
     built = torch.ops.kelix.build_info()
     on_hopper = torch.cuda.get_device_capability(codebooks.device) == (9, 0)
-    aligned = codebooks.shape[-1] % 8 == 0 and codebooks.data_ptr() % 16 == 0
-    if on_hopper and aligned and "cutlass=" in built and "90a" in built:
+    if on_hopper and codebooks.shape[-1] % 8 == 0 and "cutlass=" in built and "90a" in built:
         forms["cutlass"] = nearest_codes_cutlass
     return forms
 
@@ -162,14 +167,16 @@ def tune_nearest_codes(
         def seconds(call: Callable[[], object]) -> float:
             return median_seconds(call, device)
 
+    choices = {}
     for count in tokens:
-        key = key_of(codebooks, count, reference)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(count, codebooks.shape[0], codebooks.shape[2], generator=generator)
+        inputs = (z.to(codebooks), codebooks, norms, ln_weight, ln_bias)
+        key = key_of(*inputs, reference)
         if key not in CHOSEN:
-            generator = torch.Generator().manual_seed(0)
-            z = torch.randn(count, codebooks.shape[0], codebooks.shape[2], generator=generator)
-            inputs = (z.to(codebooks), codebooks, norms, ln_weight, ln_bias, 1e-5, reference)
-            CHOSEN[key] = _fastest(forms_for(codebooks), inputs, seconds)
-    return {count: CHOSEN[key_of(codebooks, count, reference)] for count in tokens}
+            CHOSEN[key] = _fastest(forms_for(codebooks), (*inputs, 1e-5, reference), seconds)
+        choices[count] = CHOSEN[key]
+    return choices
 
 
 def _fastest(forms: dict[str, Form], inputs: tuple[object, ...], seconds: Seconds) -> Choice:

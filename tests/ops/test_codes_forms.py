@@ -167,10 +167,15 @@ def test_a_choice_is_made_once_and_holds_for_calls_like_it(calls: list[str]) -> 
         ops.tune_nearest_codes(codebooks, norms, tokens=tokens, seconds=seconds)
     assert len(returned) == 3, "64 to 127 tokens are one kind of call"
 
-    def ran(tokens: int, books: Tensor = codebooks, reference: bool = False) -> list[str]:
+    def ran(
+        tokens: int, books: Tensor = codebooks, reference: bool = False, affine: bool = False
+    ) -> list[str]:
         calls.clear()
         z = randn(tokens, books.shape[0], books.shape[2], dtype=books.dtype)
-        ops.nearest_codes(z, books, ops.codebook_norms(books, reference), reference=reference)
+        norm = [torch.ones(2, 8)] * 2 if affine else []
+        ops.nearest_codes(
+            z, books, ops.codebook_norms(books, reference), *norm, reference=reference
+        )
         return list(calls)
 
     assert ran(64) == ran(127) == ["product"]
@@ -179,6 +184,10 @@ def test_a_choice_is_made_once_and_holds_for_calls_like_it(calls: list[str]) -> 
     assert ran(64, reference=True) == []
     assert ran(64, codebooks.bfloat16()) == []
     assert ran(64, codebooks[:, 1:]) == []
+    assert ran(64, affine=True) == []
+    for wrong in (randn(64, 2, 8).bfloat16(), randn(64, 8), randn(64, 3, 8)):
+        with pytest.raises(RuntimeError, match="nearest_codes: "):
+            ops.nearest_codes(wrong, codebooks, norms)
 
 
 def test_untuned_calls_take_the_kernel(calls: list[str]) -> None:
