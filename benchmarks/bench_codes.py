@@ -6,6 +6,8 @@ Floors: 17 MFLOP of products per token, which the bare batched GEMM measures; 35
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from benchmarks.compare import Call, Comparison
 from benchmarks.peers import compiled, installed
 from kelix_rt import ops
+from kelix_rt.ops._codes_forms import forms_for
 from kelix_rt.testing import randn
 
 BOOKS, CODES, DIM = 8, 8192, 128
@@ -71,7 +74,16 @@ def test_nearest_codes(compare: Comparison, device: str, tokens: int, dtype: tor
     def gemm_argmin() -> Tensor:
         return (norms.unsqueeze(1) - 2 * torch.bmm(by_book, transposed)).argmin(-1).t()
 
+    # The forms that `ops.tune_nearest_codes` chooses from; without tuning "ours" is the kernel.
+    others = {
+        name: partial(form, z, books, norms)
+        for name, form in forms_for(books).items()
+        if name != "kernel"
+    }
+    absent = {"product", "cutlass"} - others.keys()
     peers: dict[str, Call | str] = {
+        **{f"our_{name}_form": call for name, call in others.items()},
+        **{f"our_{name}_form": "does not run on this device in this dtype" for name in absent},
         "cdist_argmin": lambda: torch.cdist(wide, wide_books).argmin(-1).t(),
         "compiled_gemm_argmin": compiled(gemm_argmin),
         "faiss": faiss_search(z, books),
@@ -79,10 +91,11 @@ def test_nearest_codes(compare: Comparison, device: str, tokens: int, dtype: tor
     }
     exact = (norms.unsqueeze(1) - 2 * torch.bmm(wide, wide_books.transpose(1, 2))).argmin(-1)
     for name, call in {"ours": lambda: ops.nearest_codes(z, books, norms), **peers}.items():
-        # Rounded products tie, so the peers that round them differ more.
+        # Rounded products tie, so the peers that round them differ more; our forms do not.
         if not isinstance(call, str):
             same = (call() == exact.t()).float().mean()
-            least = 0.999 if name in ("ours", "faiss", "cdist_argmin") else 0.8
+            unrounded = name.startswith("our") or name in ("faiss", "cdist_argmin")
+            least = 0.999 if unrounded else 0.8
             assert same > least, f"{name} agrees on {same:.4f} of the codes only"
     compare(
         lambda: ops.nearest_codes(z, books, norms),

@@ -21,6 +21,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+CUTLASS_KERNEL = re.compile(r"cutlass::device_kernel<.*Adapter<(\w+<[\w, ]+>)")  # its epilogue
 SHORT = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
 
 
@@ -35,11 +36,20 @@ class Usage:
     spill_bytes: int
 
 
+def architectures_of(source: Path) -> tuple[str, ...]:
+    """Where a file is compiled: wgmma on sm_90a alone, CUTLASS where its headers are."""
+    if source.stem.endswith("_cutlass_hopper") and environment_package("cutlass_library") is None:
+        return ()
+    return ("sm_90a",) if source.stem.endswith("_hopper") else ARCHITECTURES
+
+
 def compile_verbosely(nvcc: Path, source: Path, architecture: str) -> str:
     """What ptxas says about a file; compiled as CMakeLists.txt does it."""
+    command = [str(nvcc), "-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
+    command += ["-Werror=all-warnings", "-DKELIX_HOPPER"]
     cutlass = environment_package("cutlass_library")
-    command = [str(nvcc), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Werror=all-warnings"]
-    command += [f"-isystem={cutlass / 'source' / 'include'}"] if cutlass else []
+    if cutlass is not None:
+        command += ["-DKELIX_CUTLASS", f"-isystem={cutlass / 'source' / 'include'}"]
     with tempfile.TemporaryDirectory() as directory:
         command += [f"-arch={architecture}", "-cubin", "-o", f"{directory}/kernels.cubin"]
         command += ["-Xptxas=-v", "-Xcompiler=-Wall", str(source)]
@@ -80,7 +90,8 @@ def short_names(mangled: list[str]) -> list[str]:
         name = re.sub(r"^void |kelix::(cuda::)?|\(anonymous namespace\)::", "", line)
         name = re.sub(r"\((int|bool|long)\)", "", name.split("(kelix")[0])
         name = re.sub("|".join(SHORT), lambda found: SHORT[found[0]], name)
-        names.append(re.sub(r"\([^<>]*\)$", "", name))
+        of_cutlass = CUTLASS_KERNEL.match(name)
+        names.append(of_cutlass[1] if of_cutlass else re.sub(r"\([^<>]*\)$", "", name))
     return names
 
 
@@ -124,10 +135,11 @@ def main(arguments: list[str]) -> int:
             continue
         usages = [
             usage
-            for architecture in ARCHITECTURES
+            for architecture in architectures_of(source)
             for usage in parse(compile_verbosely(cuda / "bin" / "nvcc", source, architecture))
         ]
-        lines += [*table(source.stem, usages), ""]
+        if usages:
+            lines += [*table(source.stem, usages), ""]
         spilled += [usage for usage in usages if usage.spill_bytes]
     text = "\n".join(lines)
     if options.out:

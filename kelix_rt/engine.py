@@ -66,17 +66,22 @@ class Engine(LoadedEngine):
         chosen = self.options.position_markers
         return self.images.position_markers if chosen is None else chosen
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, tune_tokens: Items[int] = ()) -> None:
         """Loads now what otherwise comes with the first use: text tokenizer and autoencoder.
 
-        On a GPU also records the CUDA graphs that are not there yet. Raises ConfigError or
-        WeightError as the first use would.
+        On a GPU also records the CUDA graphs that are not there yet. tune_tokens: sizes of images
+        in tokens for which the forms of the encoder's search for codes are timed, so that encoding
+        takes the fastest (`ops.tune_nearest_codes`); without them it takes the kernel. Raises
+        ConfigError or WeightError as the first use would.
         """
         if self.has_text:
             _ = self.text
         if self.runner.render is not None:
             _ = self.runner.render.vae.module
         self.runner.capture_graphs()
+        if tune_tokens:
+            encode = self.runner.encode_stage()
+            encode.tokenizer.tune(tune_tokens, encode.mode)
 
     def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images.

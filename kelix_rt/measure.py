@@ -23,6 +23,7 @@ from kelix_rt.request import (
     RequestFailed,
     SamplingParams,
 )
+from kelix_rt.testing import median_seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def measure(engine: Engine, work: Workload, runs: int = 3) -> Report:
     """
     stage = engine.runner.encode_stage()
     tokens = len(stage.codes(work.pixels, work.grid))
-    encoding = _median_seconds(lambda: stage.codes(work.pixels, work.grid).cpu(), runs)
+    encoding = median_seconds(lambda: stage.codes(work.pixels, work.grid).cpu(), repeats=runs)
     drawing = _median_trace(
         lambda: trace(engine, "prompt -> picture", work.drawing, work.sampling, work.render), runs
     )
@@ -169,16 +170,6 @@ def _stage(events: list[Event], first_code: int) -> str:
             kind = "visual block" if event.ids[0] >= first_code else "text block"
             return kind if event.index else "prompt"
     return "prompt"  # a chunk of it, or the block that closes an image
-
-
-def _median_seconds(call: Callable[[], object], runs: int) -> float:
-    call()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
 
 
 def _median_trace(call: Callable[[], Trace], runs: int) -> Trace:

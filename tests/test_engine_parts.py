@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from kelix_rt import ConfigError, Engine, SamplingParams, TextDelta
+from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from tests.engine_helpers import (
     assert_idle,
     fixtures,
@@ -56,6 +57,20 @@ def test_codes_of_an_image_are_the_callers_own(golden: Path) -> None:
     codes = engine.encode_image(Image.new("RGB", (56, 56), "red")).codes
     codes += 1  # a tensor made in inference mode would refuse
     assert codes.shape == (4, 8)
+
+
+def test_warm_up_tunes_the_encoder_only_where_asked(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[int], str]] = []
+    monkeypatch.setattr(
+        VisionTokenizer, "tune", lambda self, tokens, mode: asked.append((tokens, mode))
+    )
+    engine = load_engine(golden / "llm" / "tiny_a", codes_mode="reference")
+    engine.warm_up()
+    assert not asked
+    engine.warm_up(tune_tokens=[4, 324])
+    assert asked == [([4, 324], "reference")]
 
 
 def marked_rows(engine: Engine) -> list[list[int]]:

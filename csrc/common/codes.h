@@ -12,14 +12,15 @@ namespace kelix {
 // exact: the smallest norms_k - 2 zn.C_k. reference: the distance goes through the roundings of
 // torch.cdist in its matrix form, squared again, all in the dtype of z.
 struct NearestCodesArgs {
-  const void* z;          // [tokens, books, dim]
-  const void* codebooks;  // [books, codes, dim]
-  const float* norms;     // [books, codes]
-  const void* ln_weight;  // [books, dim] or null: z is used as it is
-  const void* ln_bias;    // [books, dim] or null
-  int64_t* indices;       // [tokens, books]
-  float* workspace;       // CPU only: slots * floats of csrc/cpu/codes.h
-  int64_t slots;          // CPU only
+  const void* z;             // [tokens, books, dim]
+  const void* codebooks;     // [books, codes, dim]
+  const float* norms;        // [books, codes]
+  const void* ln_weight;     // [books, dim] or null: z is used as it is
+  const void* ln_bias;       // [books, dim] or null
+  const float* token_norms;  // [tokens, books], CUTLASS in reference mode only
+  int64_t* indices;          // [tokens, books]
+  float* workspace;          // CPU only: slots * floats of csrc/cpu/codes.h
+  int64_t slots;             // CPU only
   int64_t tokens;
   int64_t books;
   int64_t codes;

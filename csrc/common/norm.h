@@ -20,14 +20,16 @@ struct RmsNormArgs {
   DType dtype;
 };
 
-// y = (x - mean) / sqrt(var + eps) * weight + bias, biased variance.
+// y = (x - mean) / sqrt(var + eps) * weight + bias, biased variance. Row r takes row
+// r % weight_rows of weight and bias.
 struct LayerNormArgs {
   const void* x;
-  const void* weight;  // may be null
-  const void* bias;    // may be null
+  const void* weight;  // [weight_rows, cols], may be null
+  const void* bias;    // [weight_rows, cols], may be null
   void* y;
   int64_t rows;
   int64_t cols;
+  int64_t weight_rows;
   float eps;
   DType dtype;
 };

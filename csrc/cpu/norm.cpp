@@ -36,12 +36,17 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class T>
+const T* weight_row(const T* weights, const LayerNormArgs& args, int64_t row) {
+  return weights != nullptr ? weights + row % args.weight_rows * args.cols : nullptr;
+}
+
+template <class T>
 void layer_norm_rows(const LayerNormArgs& args, int64_t begin, int64_t end) {
-  const T* weight = static_cast<const T*>(args.weight);
-  const T* bias = static_cast<const T*>(args.bias);
   const float inv_cols = 1.0f / static_cast<float>(args.cols);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * args.cols;
+    const T* weight = weight_row(static_cast<const T*>(args.weight), args, row);
+    const T* bias = weight_row(static_cast<const T*>(args.bias), args, row);
     T* y = static_cast<T*>(args.y) + row * args.cols;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/attention.h"
+#include "common/ceil_div.h"
 #include "common/host_device.h"
 
 namespace kelix::cuda {
@@ -18,10 +19,6 @@ inline constexpr int64_t kMinSplitKeys = 128;  // fewer would not pay for the me
 inline constexpr int64_t kMaxSplits = 64;
 // Four rounds of two CTAs per multiprocessor of an H100: the last round's gaps stay small.
 inline constexpr int64_t kWantedCtas = 4 * 2 * 132;
-
-KELIX_HOST_DEVICE constexpr int64_t ceil_div(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
 
 // Keys per CTA of a row that sees `visible` keys. A short context uses fewer splits than planned.
 KELIX_HOST_DEVICE constexpr int64_t keys_per_split(int64_t visible, int64_t splits) {

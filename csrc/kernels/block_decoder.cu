@@ -15,8 +15,8 @@ struct Launcher {
 
   template <int kRows>
   void linear_tiles(const LinearArgs<T>& linear) const {
-    const dim3 grid(static_cast<unsigned>((linear.out + kLinearWarps - 1) / kLinearWarps),
-                    static_cast<unsigned>((linear.batch + kRows - 1) / kRows));
+    const dim3 grid(static_cast<unsigned>(ceil_div(linear.out, kLinearWarps)),
+                    static_cast<unsigned>(ceil_div(linear.batch, kRows)));
     const int threads = kLinearWarps * kWarpSize;
     if (takes_wide_loads(linear)) {
       launch_kernel(linear_kernel<T, kRows, true>, grid, threads, 0, stream, linear);

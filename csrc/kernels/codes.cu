@@ -1,15 +1,15 @@
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "common/vector.cuh"
 #include "kernels/codes.cuh"
 #include "kernels/codes.h"
+#include "kernels/codes_cutlass.h"
 #include "kernels/codes_hopper.h"
 #include "kernels/codes_mma.cuh"
 
 namespace kelix::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether the tensor cores may have it. float32 stays with the plain kernel: tensor cores would
 // compute it as three products in TF32, and their sums do not round as float32 does.
@@ -74,6 +74,17 @@ const char* launch_mma(const NearestCodesArgs& args, const CodesGrid& grid, void
   return launch_error();
 }
 
+// Launches `search` between those that make keys of the indices and indices of the keys.
+template <class Search>
+const char* merge_keys(const NearestCodesArgs& args, void* stream, const Search& search) {
+  const auto ctas = static_cast<unsigned>(ceil_div(args.tokens * args.books, kMergeThreads));
+  launch_kernel(clear_keys_kernel, ctas, kMergeThreads, 0, stream, args);
+  const char* error = search();
+  if (error != nullptr) return error;
+  launch_kernel(unpack_keys_kernel, ctas, kMergeThreads, 0, stream, args);
+  return launch_error();
+}
+
 // One launch, or three where the codes of a book are shared out: their parts meet in the indices.
 const char* nearest_codes_tensor(const NearestCodesArgs& args, void* stream) {
   const bool hopper = takes_hopper(args);
@@ -81,17 +92,10 @@ const char* nearest_codes_tensor(const NearestCodesArgs& args, void* stream) {
   const CodesGrid grid =
       hopper ? make_grid(args, kCodesHopperTokens, kCodesHopperGroup, kCodesHopperCodes, ctas)
              : make_grid(args, codes_mma::kTokens, codes_mma::kWarpTokens, codes_mma::kCodes, ctas);
-  const auto merge_ctas = static_cast<unsigned>(ceil_div(args.tokens * args.books, kMergeThreads));
-  if (grid.parts > 1) {
-    launch_kernel(clear_keys_kernel, merge_ctas, kMergeThreads, 0, stream, args);
-  }
-  const char* error =
-      hopper ? launch_codes_hopper(args, grid, stream) : launch_mma(args, grid, stream);
-  if (error != nullptr) return error;
-  if (grid.parts > 1) {
-    launch_kernel(unpack_keys_kernel, merge_ctas, kMergeThreads, 0, stream, args);
-  }
-  return launch_error();
+  const auto search = [&] {
+    return hopper ? launch_codes_hopper(args, grid, stream) : launch_mma(args, grid, stream);
+  };
+  return grid.parts > 1 ? merge_keys(args, stream, search) : search();
 }
 
 const char* nearest_codes_plain(const NearestCodesArgs& args, void* stream) {
@@ -109,6 +113,13 @@ const char* nearest_codes(const NearestCodesArgs& args, void* stream) {
   if (args.tokens == 0 || args.books == 0) return nullptr;
   return takes_tensor_cores(args) ? nearest_codes_tensor(args, stream)
                                   : nearest_codes_plain(args, stream);
+}
+
+const char* nearest_codes_cutlass(const NearestCodesArgs& args, void* stream) {
+  if (args.tokens == 0 || args.books == 0) return nullptr;
+  if (!kCodesCutlassBuilt) return "built without the CUTLASS headers or without sm_90a";
+  if (compute_capability() != 90) return "needs a GPU of compute capability 9.0";
+  return merge_keys(args, stream, [&] { return launch_codes_cutlass(args, stream); });
 }
 
 const char* block_embed(const BlockEmbedArgs& args, void* stream) {

@@ -197,15 +197,20 @@ struct NearestCode {
   }
 };
 
-// The index of a token of the tile from the keys of four neighbouring lanes. Where other CTAs hold
-// other parts of the codes, the key waits in the place of the index.
-__device__ __forceinline__ void store_nearest(const NearestCodesArgs& args, const CodesGrid& grid,
-                                              const CtaWork& work, int row, uint64_t key) {
+__device__ __forceinline__ uint64_t smallest_of_four_lanes(uint64_t key) {
 #pragma unroll
   for (int offset = 1; offset < 4; offset *= 2) {
     const uint64_t other = shuffle_xor(key, offset);
     key = other < key ? other : key;
   }
+  return key;
+}
+
+// The index of a token of the tile from the keys of four neighbouring lanes. Where other CTAs hold
+// other parts of the codes, the key waits in the place of the index.
+__device__ __forceinline__ void store_nearest(const NearestCodesArgs& args, const CodesGrid& grid,
+                                              const CtaWork& work, int row, uint64_t key) {
+  key = smallest_of_four_lanes(key);
   const int64_t token = work.first_token + row;
   if (threadIdx.x % 4 != 0 || token >= work.end_token) return;
   int64_t* index = args.indices + token * args.books + work.book;

@@ -8,8 +8,8 @@
 //                                                              --taps 0..2--> output row h + 1
 #pragma once
 
+#include "common/ceil_div.h"
 #include "common/diffusion.h"
-#include "common/host_device.h"
 #include "kernels/activate.cuh"
 #include "kernels/row.cuh"
 
@@ -28,13 +28,9 @@ static_assert(kGluChannels == kWarpSize && 2 * kGluColumns * kPixelPieces == kGl
 // One activated row with a column on each side.
 using GluRow = float[2][kGluColumns + 2][kGluChannels];
 
-KELIX_HOST_DEVICE inline int64_t glu_pieces(int64_t size, int64_t piece) {
-  return (size + piece - 1) / piece;
-}
-
 inline int64_t glu_ctas(const DepthwiseGluArgs& args) {
-  return args.batch * glu_pieces(args.channels, kGluChannels) *
-         glu_pieces(args.width, kGluColumns) * glu_pieces(args.height, kGluStrip);
+  return args.batch * ceil_div(args.channels, kGluChannels) * ceil_div(args.width, kGluColumns) *
+         ceil_div(args.height, kGluStrip);
 }
 
 // What one CTA computes.
@@ -47,10 +43,10 @@ struct GluTile {
 };
 
 __device__ __forceinline__ GluTile glu_tile(const DepthwiseGluArgs& args) {
-  const auto slices = static_cast<unsigned>(glu_pieces(args.channels, kGluChannels));
-  const auto columns = static_cast<unsigned>(glu_pieces(args.width, kGluColumns));
-  const auto strips = static_cast<unsigned>(glu_pieces(args.height, kGluStrip));
-  const int64_t rows = glu_pieces(args.height, strips);  // strips of equal height
+  const auto slices = static_cast<unsigned>(ceil_div(args.channels, kGluChannels));
+  const auto columns = static_cast<unsigned>(ceil_div(args.width, kGluColumns));
+  const auto strips = static_cast<unsigned>(ceil_div(args.height, kGluStrip));
+  const int64_t rows = ceil_div(args.height, strips);  // strips of equal height
   const unsigned place = blockIdx.x / slices;
   const int64_t top = place / columns % strips * rows;
   return {place / columns / strips, top, min(top + rows, args.height),

@@ -17,14 +17,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs a
   const HeldRow<T, kWidth> scale(static_cast<const T*>(args.scale) + batch * args.cols, args.cols);
   const HeldRow<T, kWidth> shift(static_cast<const T*>(args.shift) + batch * args.cols, args.cols);
 
-  float sum = 0;
-  for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
-    float v[kWidth];
-    x.get(at, piece, v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += v[i];
-  });
-  const float mean = cta_sum(sum, scratch) / args.cols;
+  const float mean = row_mean(x, args.cols, scratch);
   float square_sum = 0;
   for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
     float v[kWidth];

@@ -7,7 +7,7 @@ namespace kelix::cuda {
 namespace {
 
 void find_scales(const LinearAttentionArgs& args, void* stream) {
-  const int64_t ctas = (args.batch * args.tokens * 2 + kScaleRows - 1) / kScaleRows;
+  const int64_t ctas = ceil_div(args.batch * args.tokens * 2, kScaleRows);
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     with_width<T>(args.heads * args.head_dim, {args.qkv}, [&](auto width) {
@@ -20,7 +20,7 @@ void find_scales(const LinearAttentionArgs& args, void* stream) {
 void attend(const LinearAttentionArgs& args, void* stream) {
   const int64_t heads = args.batch * args.heads;
   const int64_t squares = args.stride / kTile;
-  const int64_t tiles = (args.tokens + kTile - 1) / kTile;
+  const int64_t tiles = ceil_div(args.tokens, kTile);
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     launch_kernel(linear_attention_state_kernel<T>,

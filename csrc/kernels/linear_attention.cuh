@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   KELIX_SHARED(float, key_sum, [kTile]);
   const int64_t stride = args.stride;
   const int64_t squares = stride / kTile;
-  const int64_t tiles = (args.tokens + kTile - 1) / kTile;
+  const int64_t tiles = ceil_div(args.tokens, kTile);
   const int64_t column = blockIdx.x % squares * kTile;
   const int64_t token = blockIdx.x / squares % tiles * kTile;
   const int64_t head = blockIdx.x / squares / tiles;

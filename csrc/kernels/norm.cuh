@@ -42,17 +42,14 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_kernel(LayerNormArg
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * args.cols;
   T* y = static_cast<T*>(args.y) + offset;
   const HeldRow<T, kWidth> x(static_cast<const T*>(args.x) + offset, args.cols);
-  const HeldRow<T, kWidth> weight(static_cast<const T*>(args.weight), args.cols);
-  const HeldRow<T, kWidth> bias(static_cast<const T*>(args.bias), args.cols);
+  const int64_t weight_row = blockIdx.x % args.weight_rows * args.cols;
+  const auto row_of = [&](const void* weights) {
+    return weights != nullptr ? static_cast<const T*>(weights) + weight_row : nullptr;
+  };
+  const HeldRow<T, kWidth> weight(row_of(args.weight), args.cols);
+  const HeldRow<T, kWidth> bias(row_of(args.bias), args.cols);
 
-  float sum = 0;
-  for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
-    float v[kWidth];
-    x.get(at, piece, v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += v[i];
-  });
-  const float rough_mean = cta_sum(sum, scratch) / args.cols;
+  const float rough_mean = row_mean(x, args.cols, scratch);
   // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
   // finds what rounding left in the mean.
   float left_over = 0;

@@ -9,7 +9,7 @@ template <class T, int kVector>
 void launch_rope(const RopeStoreKvArgs& args, void* stream) {
   const int64_t units = args.num_tokens * (args.num_heads + 2 * args.num_kv_heads);
   const int64_t per_cta = kRopeThreads / rope_width(args.head_dim, kVector);
-  const auto ctas = static_cast<unsigned>((units + per_cta - 1) / per_cta);
+  const auto ctas = static_cast<unsigned>(ceil_div(units, per_cta));
   launch_kernel(rope_store_kv_kernel<T, kVector>, ctas, kRopeThreads, 0, stream, args);
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "common/vector.cuh"
 
 namespace kelix::cuda {
@@ -19,8 +20,8 @@ inline constexpr int kNotHeld = -1;
 // As few warps as hold the row: the fewer take part in a sum, the sooner it is there.
 inline unsigned row_threads(int64_t cols, int width) {
   constexpr int64_t kWarpPieces = kHeldPieces * kWarpSize;
-  const int64_t pieces = (cols + width - 1) / width;
-  const int64_t warps = (pieces + kWarpPieces - 1) / kWarpPieces;
+  const int64_t pieces = ceil_div(cols, width);
+  const int64_t warps = ceil_div(pieces, kWarpPieces);
   return static_cast<unsigned>(std::clamp<int64_t>(warps, 1, kMaxRowWarps) * kWarpSize);
 }
 
@@ -85,6 +86,20 @@ class HeldRow {
   T held_[kHeldPieces][kWidth];
 };
 
+// The mean of a row, the same in every thread. `scratch` holds one float per warp.
+template <class T, int kWidth>
+__device__ __forceinline__ float row_mean(const HeldRow<T, kWidth>& row, int64_t cols,
+                                          float* scratch) {
+  float sum = 0;
+  for_each_piece<kWidth>(cols, [&](int64_t at, int piece) {
+    float v[kWidth];
+    row.get(at, piece, v);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum += v[i];
+  });
+  return cta_sum(sum, scratch) / cols;
+}
+
 // Elementwise kernels: one piece per thread where the grid is large enough. A row is blockIdx.x,
 // its pieces are spread over blockIdx.y.
 inline constexpr int64_t kPieceThreads = 256;  // at most
@@ -96,10 +111,10 @@ struct PieceGrid {
 
 inline PieceGrid piece_grid(int64_t rows, int64_t cols, int width) {
   constexpr int64_t kMaxGridY = 65535;
-  const int64_t pieces = (cols + width - 1) / width;
-  const int64_t ctas = std::min((pieces + kPieceThreads - 1) / kPieceThreads, kMaxGridY);
-  const int64_t share = std::min((pieces + ctas - 1) / ctas, kPieceThreads);
-  const int64_t warps = (share + kWarpSize - 1) / kWarpSize;
+  const int64_t pieces = ceil_div(cols, width);
+  const int64_t ctas = std::min(ceil_div(pieces, kPieceThreads), kMaxGridY);
+  const int64_t share = std::min(ceil_div(pieces, ctas), kPieceThreads);
+  const int64_t warps = ceil_div(share, kWarpSize);
   return {dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ctas)),
           dim3(static_cast<unsigned>(warps * kWarpSize))};
 }

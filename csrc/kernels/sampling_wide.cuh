@@ -6,6 +6,7 @@
 // The chunks are the same whoever works on them, and their sums are added in their order.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "kernels/sampling.cuh"
 
 namespace kelix::cuda {
@@ -16,7 +17,7 @@ inline constexpr int kChunkGroups = kDrawThreads / kWarpSize;
 
 __host__ __device__ __forceinline__ bool is_wide(int64_t width) { return width > kWidestNarrowRow; }
 __host__ __device__ __forceinline__ int64_t wide_chunks(int64_t width) {
-  return (width + kWideChunk - 1) / kWideChunk;
+  return ceil_div(width, kWideChunk);
 }
 
 // A wide row and what its chunks leave for each other, carved from the row's workspace.

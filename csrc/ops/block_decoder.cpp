@@ -7,6 +7,7 @@
 #include <limits>
 #include <tuple>
 
+#include "common/ceil_div.h"
 #include "common/sampling.h"
 #include "kernels/block_decoder.h"
 #include "ops/launch.h"
@@ -22,7 +23,7 @@ BlockDecoderLayout packed_layout(int64_t d, int64_t layers, int64_t ffn, int64_t
   int64_t next = 0;
   const auto take = [&next](int64_t elements) {
     const int64_t start = next;
-    next += (elements + kPackedAlign - 1) / kPackedAlign * kPackedAlign;
+    next += ceil_div(elements, kPackedAlign) * kPackedAlign;
     return start;
   };
   at.input_weight = take(d * wide);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "kernels/codes.h"
 #include "ops/launch.h"
 
@@ -15,15 +16,13 @@ constexpr int64_t kWorkspaceFloats = int64_t{2} << 20;  // 8 MB over all workers
 
 // Workers that share the (book, block of tokens) pieces, each with its own scratch.
 int64_t worker_count(const NearestCodesArgs& args) {
-  const int64_t pieces = args.books * ((args.tokens + kCodeTokens - 1) / kCodeTokens);
+  const int64_t pieces = args.books * ceil_div(args.tokens, kCodeTokens);
   const int64_t slot_floats = std::max<int64_t>(1, nearest_codes_slot_floats(args.dim));
   return std::min(pieces, std::max<int64_t>(1, kWorkspaceFloats / slot_floats));
 }
 
-Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& norms,
-                     const std::optional<Tensor>& ln_weight, const std::optional<Tensor>& ln_bias,
-                     double eps, bool reference) {
-  Check check("nearest_codes");
+// What both operators want of the books and their tokens.
+void check_books(Check& check, const Tensor& z, const Tensor& codebooks, const Tensor& norms) {
   check.shape(z, "z", {"T", "N", "d"})
       .shape(codebooks, "codebooks", {"N", "K", "d"})
       .shape(norms, "norms", {"N", "K"})
@@ -32,6 +31,13 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
       .dtype(norms, "norms", ScalarType::Float)
       .rule(check["K"] > 0 && check["K"] <= INT32_MAX, "codebooks",
             "must have 1 to 2^31 - 1 codes per book", shape_text(codebooks));
+}
+
+Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& norms,
+                     const std::optional<Tensor>& ln_weight, const std::optional<Tensor>& ln_bias,
+                     double eps, bool reference) {
+  Check check("nearest_codes");
+  check_books(check, z, codebooks, norms);
   check.rule(ln_weight.has_value() == ln_bias.has_value(), "ln_weight and ln_bias",
              "must both be given or both be None", ln_weight ? "ln_weight only" : "ln_bias only");
   if (ln_weight) check.shape(*ln_weight, "ln_weight", {"N", "d"}).storage(*ln_weight, "ln_weight");
@@ -47,6 +53,7 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
                         static_cast<const float*>(data(squares)),
                         data(gain),
                         data(shift),
+                        nullptr,
                         static_cast<int64_t*>(indices.mutable_data_ptr()),
                         nullptr,
                         0,
@@ -68,6 +75,51 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
   const auto kernel = KELIX_CPU(nearest_codes);
   torch_parallel_for()(args.slots, 1,
                        [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return indices;
+}
+
+// Contiguous from a multiple of 16 bytes on, as TMA wants it.
+Tensor aligned(const Tensor& tensor) {
+  const Tensor packed = dense(tensor);
+  if (reinterpret_cast<uintptr_t>(data(packed)) % 16 == 0) return packed;
+  Tensor copy = new_like(packed);
+  torch::stable::copy_(copy, packed);
+  return copy;
+}
+
+Tensor nearest_codes_cutlass(const Tensor& z, const Tensor& codebooks, const Tensor& norms,
+                             const std::optional<Tensor>& token_norms) {
+  Check check("nearest_codes_cutlass");
+  check_books(check, z, codebooks, norms);
+  if (token_norms) {
+    check.shape(*token_norms, "token_norms", {"T", "N"})
+        .dtype(*token_norms, "token_norms", ScalarType::Float);
+  }
+  check
+      .rule(check.storage_type() != DType::kFloat32, "z", "must be bfloat16 or float16",
+            dtype_text(z.scalar_type()))
+      .rule(check["d"] > 0 && check["d"] % 8 == 0, "z", "must have a d that is a multiple of 8",
+            shape_text(z))
+      .rule(check["T"] <= INT32_MAX, "z", "must have fewer than 2^31 tokens", shape_text(z))
+      .rule(uses_cuda(z), "z", "must be on a GPU (nearest_codes runs everywhere)", "a CPU tensor");
+  const Tensor input = aligned(z);
+  const Tensor books = aligned(codebooks);
+  const Tensor squares = dense(norms);
+  const auto rounded = dense(token_norms);
+  Tensor indices = new_tensor({check["T"], check["N"]}, ScalarType::Long, input);
+  NearestCodesArgs args{};
+  args.z = data(input);
+  args.codebooks = data(books);
+  args.norms = static_cast<const float*>(data(squares));
+  args.token_norms = static_cast<const float*>(data(rounded));
+  args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  args.tokens = check["T"];
+  args.books = check["N"];
+  args.codes = check["K"];
+  args.dim = check["d"];
+  args.reference = token_norms.has_value();
+  args.dtype = check.storage_type();
+  KELIX_LAUNCH_CUDA("nearest_codes_cutlass", input, nearest_codes_cutlass, args);
   return indices;
 }
 
@@ -124,8 +176,9 @@ Tensor block_embed(const Tensor& ids, const Tensor& table, int64_t text_vocab, i
 }  // namespace
 }  // namespace kelix
 
-#define KELIX_IMPL_CODES(m)                                  \
-  m.impl("nearest_codes", TORCH_BOX(&kelix::nearest_codes)); \
+#define KELIX_IMPL_CODES(m)                                                  \
+  m.impl("nearest_codes", TORCH_BOX(&kelix::nearest_codes));                 \
+  m.impl("nearest_codes_cutlass", TORCH_BOX(&kelix::nearest_codes_cutlass)); \
   m.impl("block_embed", TORCH_BOX(&kelix::block_embed))
 
 STABLE_TORCH_LIBRARY_IMPL(kelix, CPU, m) { KELIX_IMPL_CODES(m); }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "kernels/diffusion.h"
 #include "ops/launch.h"
 
@@ -61,7 +62,7 @@ void gated_residual(Tensor x, const Tensor& gate, const Tensor& y) {
 
 void attend_on_cpu(const LinearAttentionArgs& args) {
   const int64_t cols = args.heads * args.head_dim;
-  const int64_t tiles = (args.tokens + kAttentionTokens - 1) / kAttentionTokens;
+  const int64_t tiles = ceil_div(args.tokens, kAttentionTokens);
   const int64_t head_work = std::max<int64_t>(1, args.tokens * args.head_dim);
   if (args.scales != nullptr) {
     run_parallel(args.batch * args.tokens, row_grain(2 * cols), KELIX_CPU(linear_attention_scales),
@@ -100,9 +101,9 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
   const int64_t batch = check["B"];
   const int64_t tokens = check["N"];
   const int64_t heads = cols / head_dim;
-  const int64_t stride = (head_dim + kStatePad - 1) / kStatePad * kStatePad;
+  const int64_t stride = ceil_div(head_dim, kStatePad) * kStatePad;
   Tensor y = new_tensor({batch, tokens, cols}, input.scalar_type(), input);
-  const int64_t pieces = uses_cuda(input) ? (tokens + kStateTokens - 1) / kStateTokens : 1;
+  const int64_t pieces = uses_cuda(input) ? ceil_div(tokens, kStateTokens) : 1;
   Tensor states =
       new_tensor({batch * heads, pieces, stride * (stride + 1)}, ScalarType::Float, input);
   std::optional<Tensor> scales;

@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(kelix, m) {
   m.def(
       "nearest_codes(Tensor z, Tensor codebooks, Tensor norms, Tensor? ln_weight, "
       "Tensor? ln_bias, float eps=1e-05, bool reference=False) -> Tensor");
+  m.def(
+      "nearest_codes_cutlass(Tensor z, Tensor codebooks, Tensor norms, Tensor? token_norms) "
+      "-> Tensor");
   m.def("block_embed(Tensor ids, Tensor table, int text_vocab, int block_end) -> Tensor");
 
   m.def(

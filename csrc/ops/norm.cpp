@@ -61,8 +61,13 @@ Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias, double eps) {
   Check check("layer_norm");
   check.shape(x, "x", {"...", "D"}).storage(x, "x");
-  if (weight) check.shape(*weight, "weight", {"D"}).storage(*weight, "weight");
-  if (bias) check.shape(*bias, "bias", {"D"}).storage(*bias, "bias");
+  const bool by_row = (weight && weight->dim() == 2) || (bias && bias->dim() == 2);
+  if (by_row) check.shape(x, "x", {"...", "N", "D"});
+  for (const auto& [tensor, name] : {std::pair(&weight, "weight"), std::pair(&bias, "bias")}) {
+    if (!*tensor) continue;
+    by_row ? check.shape(**tensor, name, {"N", "D"}) : check.shape(**tensor, name, {"D"});
+    check.storage(**tensor, name);
+  }
   const Tensor input = dense(x);
   const auto gain = dense(weight);
   const auto shift = dense(bias);
@@ -73,6 +78,7 @@ Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
                            y.mutable_data_ptr(),
                            row_count(input),
                            input.size(-1),
+                           by_row ? check["N"] : 1,
                            static_cast<float>(eps),
                            check.storage_type()};
   if (uses_cuda(input)) {

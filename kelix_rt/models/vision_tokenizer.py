@@ -6,6 +6,7 @@ do not depend on the image: they are projected and normalised once, when the wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -204,13 +205,27 @@ class VisionTokenizer(nn.Module):
 
     def quantize(self, z: Tensor, mode: Mode = "exact") -> Tensor:
         """[T, N, code_dim] -> int64 [T, N]: the nearest code of every sub-codebook."""
-        if mode not in ("exact", "reference"):
-            raise InputError(f"encode: mode must be 'exact' or 'reference', got {mode!r}")
-        reference = mode == "reference"
-        norms = self.reference_norms if reference else self.exact_norms
+        norms, reference = self._norms(mode)
         return ops.nearest_codes(
             z, self.codebooks, norms, self.z_weight, self.z_bias, CODE_EPS, reference
         )
+
+    def tune(self, tokens: Sequence[int], mode: Mode = "exact") -> None:
+        """Times the forms of the search in the codebooks; `quantize` then takes the fastest.
+
+        tokens: the numbers of tokens to choose for (`ops.tune_nearest_codes`).
+        """
+        norms, reference = self._norms(mode)
+        ops.tune_nearest_codes(
+            self.codebooks, norms, self.z_weight, self.z_bias, reference, tokens=tokens
+        )
+
+    def _norms(self, mode: Mode) -> tuple[Tensor, bool]:
+        """The codes' squared lengths in that mode, and whether it is the reference's."""
+        if mode not in ("exact", "reference"):
+            raise InputError(f"encode: mode must be 'exact' or 'reference', got {mode!r}")
+        reference = mode == "reference"
+        return self.reference_norms if reference else self.exact_norms, reference
 
     def global_ids(self, codes: Tensor, vocab_size: int) -> Tensor:
         """Codes [T, N] -> ids of the language model [T, N]: vocab_size + code + (i * S) // N.

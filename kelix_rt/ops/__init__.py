@@ -8,6 +8,7 @@ from __future__ import annotations
 from kelix_rt.ops import _library as _library  # first: the wrappers below need its schemas
 
 # isort: split
+from kelix_rt.ops._codes_forms import tune_nearest_codes
 from kelix_rt.ops.activation import silu_mul, silu_mul_ref
 from kelix_rt.ops.attention import (
     paged_attention,
@@ -87,4 +88,5 @@ __all__ = [
     "silu_mul_ref",
     "skinny_linear",
     "skinny_linear_ref",
+    "tune_nearest_codes",
 ]

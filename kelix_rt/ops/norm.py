@@ -58,7 +58,8 @@ def layer_norm(
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis, one rounding.
 
-    x: [..., D]. weight, bias: [D] in the dtype of x, or None for 1 and 0. Biased variance.
+    x: [..., D]. weight, bias: [D], or [N, D] for x [..., N, D], in the dtype of x; None for 1 and
+        0. Biased variance.
     Returns [..., D], contiguous, dtype of x.
     """
     return torch.ops.kelix.layer_norm(x, weight, bias, eps)
@@ -68,9 +69,11 @@ def layer_norm_ref(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Plain-torch `layer_norm`."""
-    wide_weight = None if weight is None else wide(weight)
-    wide_bias = None if bias is None else wide(bias)
-    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], wide_weight, wide_bias, eps)
+    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    if weight is not None:
+        normed = normed * wide(weight)
+    if bias is not None:
+        normed = normed + wide(bias)
     return normed.to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from kelix_rt import ops
+from kelix_rt.ops._codes_forms import forms_for
 from kelix_rt.testing import randn
 
 
@@ -58,7 +59,8 @@ def codes(device: str) -> None:
         gain = torch.ones(2, 24, dtype=dtype, device=device)
         for reference in (False, True):
             norms_ = ops.codebook_norms(books, reference)
-            ops.nearest_codes(z, books, norms_, gain, gain, 1e-5, reference)
+            for form in forms_for(books).values():
+                form(z, books, norms_, gain, gain, 1e-5, reference)
     ids = torch.tensor([[3, 9, 9], [12, 15, 9], [9, 9, 9]], device=device)
     ops.block_embed(ids, randn(18, 33, device=device), 10, 9)
 

@@ -54,6 +54,25 @@ def test_layer_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype, de
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (2, 3, 4, 64), (0, 2, 8), (3, 2, 3075)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_layer_norm_with_a_row_of_weights_for_each(
+    shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype, device: str
+) -> None:
+    x = randn(*shape, dtype=dtype, device=device) + 3
+    weight = randn(*shape[-2:], dtype=dtype, device=device, seed=1)
+    bias = randn(*shape[-2:], dtype=dtype, device=device, seed=2) if has_bias else None
+    double = [None if t is None else t.double() for t in (weight, bias)]
+    exact = ops.layer_norm_ref(x.double(), *double, 1e-5)
+    got = ops.layer_norm(x, weight, bias, 1e-5)
+    assert_as_accurate_as_torch(got, ops.layer_norm_ref(x, weight, bias, 1e-5), exact)
+    for i in range(shape[-2]):
+        row_bias = None if bias is None else bias[i]
+        assert torch.equal(got[..., i, :], ops.layer_norm(x[..., i, :], weight[i], row_bias, 1e-5))
+
+
 def test_layer_norm_far_from_zero() -> None:
     """The variance survives a mean 10^4 times larger than the spread."""
     x = randn(4, 256) + 1e4
@@ -109,6 +128,18 @@ def test_memory_aligned_to_one_element(dtype: torch.dtype) -> None:
         (
             lambda: ops.rms_norm(randn(2, 7), randn(7).bfloat16()),
             "rms_norm: weight must be float32 like x, got bfloat16",
+        ),
+        (
+            lambda: ops.layer_norm(randn(2, 3, 7), randn(2, 7)),
+            r"layer_norm: weight must have shape \[N=3, D=7\], got \[2, 7\]",
+        ),
+        (
+            lambda: ops.layer_norm(randn(2, 3, 7), randn(3, 7), randn(7)),
+            r"layer_norm: bias must have shape \[N=3, D=7\], got \[7\]",
+        ),
+        (
+            lambda: ops.layer_norm(randn(7), randn(3, 7)),
+            r"layer_norm: x must have shape \[..., N, D=7\], got \[7\]",
         ),
         (
             lambda: ops.add_rms_norm(randn(7, 2).T, randn(2, 7), randn(7)),
