@@ -80,8 +80,9 @@ def choose_pages(
 ) -> int:
     """Number of KV pages: the option, or what fits in a share of `free_bytes`.
 
-    dtype: the model's. Never more than max_batch requests of full length can use. Raises CapacityError when not even
-    one page fits, or not as many as the option asks for.
+    dtype: the model's; the cache's follows from the options. Never more than max_batch requests of
+    full length can use. Raises CapacityError when not even one page fits, or not as many as the
+    option asks for.
     """
     page_bytes = kv_bytes_per_block(config, cache_dtype(options, dtype)) * options.page_size
     if options.num_pages is not None:
