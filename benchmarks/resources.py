@@ -22,7 +22,7 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 CUTLASS_KERNEL = re.compile(r"cutlass::device_kernel<.*Adapter<(\w+<[\w, ]+>)")  # its epilogue
-SHORT = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
+SHORT = {"__nv_bfloat16": "bf16", "__half": "f16", "float8": "f8", "float": "f32"}
 
 
 @dataclass(frozen=True)

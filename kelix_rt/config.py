@@ -100,7 +100,9 @@ class EngineConfig(JsonConfig):
     """Options of the engine: capacities, caching and the rules of generation.
 
     max_batch: requests in flight. page_size: positions of a KV page. num_pages: KV pages, None =
-    as many as `kv_memory_fraction` of the memory left after the weights holds. max_model_len:
+    as many as `kv_memory_fraction` of the memory left after the weights holds. kv_dtype: what the
+    cache holds: "auto" the model's dtype, "fp8" float8_e4m3fn, which makes a page of bfloat16 half
+    as large and rounds keys and values (docs/kernels/attention.md). max_model_len:
     longest prompt plus answer in blocks, None = the model's. max_step_tokens: prompt positions
     computed per step (prefill chunk). prefix_cache: share pages of equal prefixes.
     image_cache_bytes: main memory for the codes of images seen before, 0 = none. verify_head:
@@ -120,6 +122,7 @@ class EngineConfig(JsonConfig):
     page_size: int = 16
     num_pages: int | None = None
     kv_memory_fraction: float = 0.8
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: int | None = None
     max_step_tokens: int = 512
     prefix_cache: bool = True
@@ -142,8 +145,8 @@ class EngineConfig(JsonConfig):
             self.require(value is None or value > 0, name, "be None or positive")
         fraction = self.kv_memory_fraction
         self.require(0 < fraction <= 1, "kv_memory_fraction", "be above 0 and at most 1")
-        modes = ("exact", "reference")
-        self.require(self.codes_mode in modes, "codes_mode", f"be one of {modes}")
+        for name, values in (("kv_dtype", ("auto", "fp8")), ("codes_mode", ("exact", "reference"))):
+            self.require(getattr(self, name) in values, name, f"be one of {values}")
 
     def on_device(self, kind: str) -> EngineConfig:
         """The same without what a device of this kind ("cuda", "cpu") does not have."""

@@ -43,8 +43,13 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
 )
 
 
+def cache_dtype(options: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the KV cache of a model of this dtype holds."""
+    return torch.float8_e4m3fn if options.kv_dtype == "fp8" else dtype
+
+
 def kv_bytes_per_block(config: KelixConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one position, all layers together."""
+    """Bytes of the keys and values of one position, all layers together. dtype: of the cache."""
     qwen = config.qwen_config
     return 2 * qwen.num_layers * qwen.num_kv_heads * qwen.head_dim * dtype.itemsize
 
@@ -75,10 +80,11 @@ def choose_pages(
 ) -> int:
     """Number of KV pages: the option, or what fits in a share of `free_bytes`.
 
-    Never more than max_batch requests of full length can use. Raises CapacityError when not even
-    one page fits, or not as many as the option asks for.
+    dtype: the model's; the cache's follows from the options. Never more than max_batch requests of
+    full length can use. Raises CapacityError when not even one page fits, or not as many as the
+    option asks for.
     """
-    page_bytes = kv_bytes_per_block(config, dtype) * options.page_size
+    page_bytes = kv_bytes_per_block(config, cache_dtype(options, dtype)) * options.page_size
     if options.num_pages is not None:
         if options.num_pages * page_bytes > free_bytes:
             raise CapacityError(
@@ -135,7 +141,7 @@ def with_cache(
     return MemoryPlan(
         tuple(entries),
         dtype,
-        kv_bytes_per_block(config, dtype),
+        kv_bytes_per_block(config, cache_dtype(options, dtype)),
         options.page_size,
         choose_pages(config, options, dtype, left),
         max_positions(config, options),

@@ -18,7 +18,7 @@ from kelix_rt.engine import Engine
 from kelix_rt.errors import CapacityError, ConfigError
 from kelix_rt.loading import assemble, choose_device, choose_dtype
 from kelix_rt.measure import Workload
-from kelix_rt.memory import available_bytes, kv_bytes_per_block
+from kelix_rt.memory import available_bytes, cache_dtype, kv_bytes_per_block
 from kelix_rt.models.dit import KelixDiT
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vae import Autoencoder
@@ -89,7 +89,9 @@ class Sizes:
     vae: dict[str, Any] = field(default_factory=_released_vae)
 
 
-def release_engine(device: str = "auto", dtype: str = "auto") -> Engine:
+def release_engine(
+    device: str = "auto", dtype: str = "auto", options: EngineConfig | None = None
+) -> Engine:
     """The released size on a GPU, in bfloat16 unless said.
 
     Raises ConfigError on a CPU, where a picture would take hours, and CapacityError when the
@@ -101,14 +103,16 @@ def release_engine(device: str = "auto", dtype: str = "auto") -> Engine:
             "bench: --config release needs an NVIDIA GPU: on a CPU the released size would take "
             "hours; leave --config out to time a checkpoint"
         )
-    return random_engine(Sizes(), target, choose_dtype(dtype) or torch.bfloat16)
+    return random_engine(Sizes(), target, choose_dtype(dtype) or torch.bfloat16, options)
 
 
-def random_engine(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Engine:
+def random_engine(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, options: EngineConfig | None = None
+) -> Engine:
     """An engine of these sizes. Raises CapacityError before anything is allocated."""
     from diffusers import AutoencoderDC
 
-    options = EngineConfig()
+    options = options or EngineConfig()
     with torch.device("meta"):
         language = KelixLM(sizes.kelix)
         tokenizer = VisionTokenizer(sizes.kelix.tokenizer_config)
@@ -148,7 +152,9 @@ def _require_memory(
     }
     needs = language_workspaces(config, options, dtype)
     ledger["workspaces"] = sum(need.num_bytes for need in needs)
-    ledger["keys and values of a drawing"] = 2 * BLOCKS * kv_bytes_per_block(config, dtype)
+    ledger["keys and values of a drawing"] = (
+        2 * BLOCKS * kv_bytes_per_block(config, cache_dtype(options, dtype))
+    )
     needed, free = sum(ledger.values()), available_bytes(device)
     if needed > free:
         lines = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in ledger.items())

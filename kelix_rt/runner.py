@@ -12,6 +12,7 @@ from kelix_rt.batch import StepBuffer
 from kelix_rt.denoise_graphs import DenoiseGraphs
 from kelix_rt.errors import ConfigError
 from kelix_rt.graphs import CudaRecorder, DecodeGraphs, GraphCounts, Recorder
+from kelix_rt.memory import cache_dtype
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
@@ -47,7 +48,8 @@ class Runner:
         self.device = parameter.device
         self.dtype = parameter.dtype
         qwen = model.config.qwen_config
-        self.kv = PagedKV.allocate(qwen, pool.num_pages, pool.page_size, self.device, self.dtype)
+        stored = cache_dtype(options, self.dtype)
+        self.kv = PagedKV.allocate(qwen, pool.num_pages, pool.page_size, self.device, stored)
         self.buffer = StepBuffer(
             pool,
             max_tokens=options.max_step_tokens,

@@ -208,6 +208,17 @@ def test_info_plans_an_engine_by_stage(kelix, model: Path, golden: Path) -> None
     assert found["plan"]["concurrency"][-1]["blocks"] == 512
 
 
+def test_a_smaller_cache_can_be_chosen(kelix, model: Path) -> None:
+    plans = [
+        json.loads(kelix("info", model, "--plan", "--device", "cpu", "--json", *extra).out)["plan"]
+        for extra in ([], ["--kv-dtype", "fp8"])
+    ]
+    assert plans[0]["pages"] == plans[1]["pages"]  # as many as are of use
+    assert plans[0]["kv_bytes"] == 4 * plans[1]["kv_bytes"]
+    args = ("chat", "1 2", "-m", model, "--device", "cpu", "--kv-dtype", "int4")
+    assert kelix(*args).code == 2
+
+
 def test_the_loading_bar_ends_full(model: Path) -> None:
     loaded = []
     Engine.from_pretrained(model, device="cpu", on_tensor=lambda _, size: loaded.append(size))

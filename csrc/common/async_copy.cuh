@@ -27,6 +27,13 @@ __device__ __forceinline__ void copy_async_16_zero_fill(void* shared, const void
                "l"(global), "r"(size));
 }
 
+// The same with 8 bytes, and addresses aligned to them.
+__device__ __forceinline__ void copy_async_8_zero_fill(void* shared, const void* global,
+                                                       uint32_t size) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(size));
+}
+
 // Both addresses must be aligned to 4 bytes.
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),

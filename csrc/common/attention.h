@@ -1,7 +1,8 @@
 // Arguments of the attention stem, shared by the CPU and CUDA kernels.
 //
 // A layer's cache is two arrays [num_pages, num_kv_heads, page_size, head_dim]: the tokens of one
-// page and head are contiguous, which is what a decoding query streams.
+// page and head are contiguous, which is what a decoding query streams. Both hold the dtype of the
+// call's other tensors, or float8 (common/float8.h).
 #pragma once
 
 #include <cstdint>
@@ -27,11 +28,12 @@ struct RopeStoreKvArgs {
   int64_t page_size;
   float eps;
   DType dtype;
+  bool float8_cache;
 };
 
 // How a CUDA call of paged_attention spreads over CTAs; kernels/attention_plan.h makes it.
 struct AttentionPlan {
-  bool wide = false;   // rows can be loaded 16 bytes at a time
+  bool wide = false;   // rows can be loaded 16 bytes at a time, of a float8 cache 8
   bool tiles = false;  // on tensor cores
   // Units are the query rows that CTAs of their own work on, `splits` CTAs sharing the context of
   // each: every row of the call, or the requests that have exactly one.
@@ -57,6 +59,7 @@ struct PagedAttentionArgs {
   int64_t page_size;
   float scale;
   DType dtype;
+  bool float8_cache;
   AttentionPlan plan = {};    // CUDA only
   float* partials = nullptr;  // CUDA only: partial_floats(args), where the plan splits
 };

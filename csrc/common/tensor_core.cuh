@@ -61,6 +61,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return pair;
 }
 
+// Products of two pairs of f16.
+__device__ __forceinline__ uint32_t multiply_f16_pair(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 }  // namespace kelix
 #endif
 

@@ -15,7 +15,9 @@ inline constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 template <int kBytes>
 using Word = std::conditional_t<
     kBytes == 16, uint4,
-    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    std::conditional_t<kBytes == 8, uint2,
+                       std::conditional_t<kBytes == 4, uint32_t,
+                                          std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
 template <class T, int kCount>
 inline constexpr int kAccessBytes =

@@ -2,20 +2,33 @@
 //
 // Attention walks the pages of one KV head once for a tile of queries (the heads of a group, and
 // the rows of a prefill chunk), with an online softmax (Milakov & Gimelshein 2018): the running
-// maximum, the running sum and a float32 accumulator per query.
+// maximum, the running sum and a float32 accumulator per query. A float8 cache is widened to
+// float32 once per tile, page by page, and then read as if it had been stored so.
 #include "cpu/attention.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
 namespace kelix::KELIX_ISA {
 namespace {
 
-// One head: optional RMSNorm rounded twice, then the half-split rotation with one rounding.
-template <class T>
+// Rounds to T, and then to what the cache holds where that is another type.
+template <class T, class Out>
+Out stored(float v) {
+  if constexpr (std::is_same_v<T, Out>) {
+    return from_float<T>(v);
+  } else {
+    return from_float<Out>(round_to<T>(v));
+  }
+}
+
+// One head: optional RMSNorm rounded twice, then the half-split rotation with one rounding,
+// and another where it goes to a float8 cache.
+template <class T, class Out>
 void norm_rope(const T* x, const T* weight, const float* cos_sin, int64_t head_dim, float eps,
-               T* out) {
+               Out* out) {
   const int64_t half = head_dim / 2;
   float normed[kMaxHeadDim];
   if (weight != nullptr) {
@@ -35,12 +48,23 @@ void norm_rope(const T* x, const T* weight, const float* cos_sin, int64_t head_d
   const float* sin = cos_sin + half;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    out[i] = from_float<T>(normed[i] * cos[i] - normed[half + i] * sin[i]);
-    out[half + i] = from_float<T>(normed[half + i] * cos[i] + normed[i] * sin[i]);
+    out[i] = stored<T, Out>(normed[i] * cos[i] - normed[half + i] * sin[i]);
+    out[half + i] = stored<T, Out>(normed[half + i] * cos[i] + normed[i] * sin[i]);
   }
 }
 
 template <class T>
+void store_row(const T* from, int64_t head_dim, T* to) {
+  std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(T));
+}
+
+template <class T>
+void store_row(const T* from, int64_t head_dim, float8* to) {
+#pragma omp simd
+  for (int64_t d = 0; d < head_dim; ++d) to[d] = from_float<float8>(to_float(from[d]));
+}
+
+template <class T, class Cache>
 void rope_store_kv_rows(const RopeStoreKvArgs& args, int64_t begin, int64_t end) {
   const int64_t head_dim = args.head_dim;
   const int64_t all_heads = args.num_heads + 2 * args.num_kv_heads;
@@ -61,9 +85,8 @@ void rope_store_kv_rows(const RopeStoreKvArgs& args, int64_t begin, int64_t end)
     for (int64_t head = 0; head < args.num_kv_heads; ++head) {
       const int64_t at = ((page * args.num_kv_heads + head) * args.page_size + offset) * head_dim;
       norm_rope(k + head * head_dim, static_cast<const T*>(args.k_weight), cos_sin, head_dim,
-                args.eps, static_cast<T*>(args.k_cache) + at);
-      std::memcpy(static_cast<T*>(args.v_cache) + at, v + head * head_dim,
-                  static_cast<size_t>(head_dim) * sizeof(T));
+                args.eps, static_cast<Cache*>(args.k_cache) + at);
+      store_row(v + head * head_dim, head_dim, static_cast<Cache*>(args.v_cache) + at);
     }
   }
 }
@@ -82,6 +105,18 @@ struct TileState {
   int64_t visible[kQueryTile];  // keys this query may see
 };
 
+// Rows of the cache as they are multiplied; `wide` is for those that are widened first.
+template <class T>
+const T* readable(const T* rows, int64_t, float*) {
+  return rows;
+}
+
+[[maybe_unused]] const float* readable(const float8* rows, int64_t count, float* wide) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) wide[i] = to_float(rows[i]);
+  return wide;
+}
+
 // Asks for a row that the next phase will read: pages lie scattered, so the hardware would start
 // over at each of them. Into the L2 cache (locality 2): a phase's rows do not fit into the L1.
 template <class T>
@@ -92,9 +127,9 @@ void prefetch_row(const T* row, int64_t head_dim) {
 }
 
 // scores[query, token] = q . k for a block of queries and `tokens` consecutive keys.
-template <class T>
+template <class T, class Cache>
 void score_block(TileState& state, int64_t query, int64_t queries, const T* keys, int64_t tokens,
-                 int64_t head_dim, int64_t first_score, const T* upcoming) {
+                 int64_t head_dim, int64_t first_score, const Cache* upcoming) {
   const float* q0 = state.q + query * head_dim;
   // A short block repeats its last query; the repeated scores are simply not stored.
   const float* q1 = q0 + (queries > 1 ? 1 : 0) * head_dim;
@@ -120,9 +155,9 @@ void score_block(TileState& state, int64_t query, int64_t queries, const T* keys
 }
 
 // sum[query, :] += weights[query, token] * v[token, :] for a full block of queries.
-template <class T>
+template <class T, class Cache>
 void accumulate_block(TileState& state, int64_t query, const T* values, int64_t tokens,
-                      int64_t head_dim, int64_t first_score, const T* upcoming) {
+                      int64_t head_dim, int64_t first_score, const Cache* upcoming) {
   const float* weights = state.scores + query * kTokenBlock + first_score;
   int64_t d0 = 0;
   for (; d0 + kDimBlock <= head_dim; d0 += kDimBlock) {
@@ -201,7 +236,7 @@ void update_softmax(TileState& state, int64_t queries, int64_t first_token, int6
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-template <class T>
+template <class T, class Cache>
 void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
   const int64_t head_dim = args.head_dim;
   const int64_t group = args.num_heads / args.num_kv_heads;
@@ -229,8 +264,9 @@ void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
   for (int64_t i = queries * kTokenBlock; i < padded * kTokenBlock; ++i) state.scores[i] = 0;
 
   const int32_t* pages = args.page_table + tile.request * args.max_pages;
-  const T* all_keys = static_cast<const T*>(args.k_cache);
-  const T* all_values = static_cast<const T*>(args.v_cache);
+  const Cache* all_keys = static_cast<const Cache*>(args.k_cache);
+  const Cache* all_values = static_cast<const Cache*>(args.v_cache);
+  float wide[kTokenBlock * kMaxHeadDim];  // left alone but for a float8 cache
   // Where a token's key (and value) starts, and how many of its page follow before `last`.
   const auto offset_of = [&](int64_t token) {
     const int64_t page = pages[token / args.page_size];
@@ -245,8 +281,8 @@ void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
     const int64_t last = first + kTokenBlock < keys_needed ? first + kTokenBlock : keys_needed;
     for (int64_t token = first, run; token < last; token += run) {
       run = run_of(token, last);
-      const T* keys = all_keys + offset_of(token);
-      const T* upcoming = all_values + offset_of(token);
+      const auto* keys = readable(all_keys + offset_of(token), run * head_dim, wide);
+      const Cache* upcoming = all_values + offset_of(token);
       for (int64_t q = 0; q < queries; q += kQueryBlock) {
         const int64_t block = queries - q < kQueryBlock ? queries - q : kQueryBlock;
         score_block(state, q, block, keys, run, head_dim, token - first,
@@ -256,9 +292,9 @@ void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
     update_softmax(state, queries, first, last - first, head_dim, args.scale);
     for (int64_t token = first, run; token < last; token += run) {
       run = run_of(token, last);
-      const T* values = all_values + offset_of(token);
+      const auto* values = readable(all_values + offset_of(token), run * head_dim, wide);
       const bool more = token + kTokenBlock + run <= keys_needed;
-      const T* upcoming = more ? all_keys + offset_of(token + kTokenBlock) : nullptr;
+      const Cache* upcoming = more ? all_keys + offset_of(token + kTokenBlock) : nullptr;
       for (int64_t q = 0; q < padded; q += kQueryBlock) {
         accumulate_block(state, q, values, run, head_dim, token - first,
                          q == 0 ? upcoming : nullptr);
@@ -276,14 +312,30 @@ void attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
   }
 }
 
+// Calls f with the storage types of the call's tensors and of its cache.
+template <class Args, class F>
+void with_cache_types(const Args& args, const F& f) {
+  with_dtype(args.dtype, [&](auto type) {
+    if (args.float8_cache) {
+      f(type, float8{});
+    } else {
+      f(type, type);
+    }
+  });
+}
+
 }  // namespace
 
 void rope_store_kv(const RopeStoreKvArgs& args, int64_t begin, int64_t end) {
-  with_dtype(args.dtype, [&](auto type) { rope_store_kv_rows<decltype(type)>(args, begin, end); });
+  with_cache_types(args, [&](auto type, auto cache) {
+    rope_store_kv_rows<decltype(type), decltype(cache)>(args, begin, end);
+  });
 }
 
 void paged_attention_tile(const PagedAttentionArgs& args, const AttentionTile& tile) {
-  with_dtype(args.dtype, [&](auto type) { attention_tile<decltype(type)>(args, tile); });
+  with_cache_types(args, [&](auto type, auto cache) {
+    attention_tile<decltype(type), decltype(cache)>(args, tile);
+  });
 }
 
 }  // namespace kelix::KELIX_ISA

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "common/float8.h"
 
 namespace kelix {
 namespace {
@@ -27,8 +28,14 @@ struct f16 {
   return f;
 }
 
+[[maybe_unused]] inline float to_float(float8 v) { return float_of_float8(v); }
+
 template <class T>
 inline T from_float(float v);
+template <>
+[[maybe_unused]] inline float8 from_float<float8>(float v) {
+  return float8_of_float(v);
+}
 template <>
 [[maybe_unused]] inline float from_float<float>(float v) {
   return v;

@@ -7,18 +7,19 @@ namespace kelix::cuda {
 
 inline constexpr int kDecodeStages = 3;
 
-template <class T, int kDim>
-using DecodeStream = KeyStream<T, kDim, kDecodeStages, kAttentionThreads>;
+template <class Cache, int kDim>
+using DecodeStream = KeyStream<Cache, kDim, kDecodeStages, kAttentionThreads>;
 
-template <class T, int kDim>
-inline constexpr int kDecodeShared = kDecodeStages * DecodeStream<T, kDim>::kStageSize * sizeof(T);
+template <class T, class Cache, int kDim>
+inline constexpr int kDecodeShared = StageRows<T, DecodeStream<Cache, kDim>>::kShared;
 
-template <class T, int kDim>
+template <class T, class Cache, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads)
     paged_attention_decode_kernel(PagedAttentionArgs args) {
   constexpr int kWarpKeys = kKeyTile / kAttentionWarps;
-  using Stream = DecodeStream<T, kDim>;
-  KELIX_DYNAMIC_SHARED(T, shared);
+  using Stream = DecodeStream<Cache, kDim>;
+  using Rows = StageRows<T, Stream>;
+  KELIX_DYNAMIC_SHARED(Cache, shared);
   KELIX_SHARED(int64_t, offsets, [kDecodeStages][kKeyTile]);
 
   const Unit unit = unit_of(args, blockIdx.x);
@@ -33,6 +34,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       unit.row, blockIdx.y / tiles, group, begin, min(begin + kTileHeads, group), unit.visible};
 
   Stream stream(args, unit.request, tile.kv_head, range, shared, offsets);
+  Rows rows(stream, shared);
   stream.start();
   QueryWarp<T, kDim, kWarpKeys> queries(args, tile, begin);
   const int warp = threadIdx.x / kWarpSize;
@@ -40,16 +42,20 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int step = 0; step < stream.steps(); ++step) {
     stream.advance(step);
     const int page = stream.page_of(step + kDecodeStages);
-    queries.attend(stream.keys(step) + own * Stream::kStride,
-                   stream.values(step) + own * Stream::kStride, Stream::kStride,
-                   static_cast<int>(range.begin) + step * kKeyTile + own);
+    if constexpr (Rows::kWidens) {
+      // Its own rows alone: the others of its warp are all that it has to wait for.
+      rows.template make<kWarpKeys, kWarpSize>(step, own, threadIdx.x % kWarpSize);
+      __syncwarp();
+    }
+    queries.attend(rows.keys(step) + own * Rows::kStride, rows.values(step) + own * Rows::kStride,
+                   Rows::kStride, static_cast<int>(range.begin) + step * kKeyTile + own);
     stream.place(step + kDecodeStages, page);
   }
   queries.finish();
 
   KELIX_SHARED(float, warp_max, [kAttentionWarps][kTileHeads]);
   KELIX_SHARED(float, warp_norm, [kAttentionWarps][kTileHeads]);
-  static_assert(kAttentionWarps * kTileHeads * kDim * sizeof(float) <= kDecodeShared<T, kDim>);
+  static_assert(kAttentionWarps * kTileHeads * kDim * sizeof(float) <= Rows::kShared);
   float* sums = reinterpret_cast<float*>(shared);
   __syncthreads();  // the stages are read, and no copy is under way: the sums may lie there
 #pragma unroll

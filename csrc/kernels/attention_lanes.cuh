@@ -4,22 +4,11 @@
 // of its own. They are joined at the end: slots by shuffles, warps in shared memory.
 #pragma once
 
+#include "common/float8.cuh"
+#include "common/vector.cuh"
 #include "kernels/attention.cuh"
 
 namespace kelix::cuda {
-
-template <int kVector, class T>
-__device__ __forceinline__ void load_floats(const T* from, float* to) {
-  T raw[kVector];
-  if constexpr (kVector * sizeof(T) == 16) {
-    load_16_bytes(from, raw);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) raw[i] = from[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) to[i] = to_float(raw[i]);
-}
 
 // A lane's share of a row of head_dim elements: kChunks pieces of kVector.
 template <int kVector, int kChunks>
@@ -40,13 +29,10 @@ struct LaneShare {
   __device__ void load(const T* row, bool present, float (&to)[kSize]) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      float* part = to + chunk * kVector;
-      if (present && first(chunk) < head_dim) {
-        load_floats<kVector>(row + first(chunk), part);
-      } else {
+      float part[kVector] = {};
+      if (present && first(chunk) < head_dim) load_floats(row + first(chunk), part);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) part[i] = 0;
-      }
+      for (int i = 0; i < kVector; ++i) to[chunk * kVector + i] = part[i];
     }
   }
 };
@@ -77,7 +63,7 @@ __device__ __forceinline__ float row_sum(float value, int width) {
   return value;
 }
 
-template <class T, int kVector, int kChunks>
+template <class T, class Cache, int kVector, int kChunks>
 __global__ void __launch_bounds__(kAttentionThreads)
     paged_attention_lanes_kernel(PagedAttentionArgs args) {
   const int warp = threadIdx.x / kWarpSize;
@@ -122,8 +108,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const bool present = token < range.end;
       const int64_t page = present ? pages[token / args.page_size] : 0;
       const int64_t at = cache_offset(args, page, kv_head, token);
-      share.load(static_cast<const T*>(args.k_cache) + at, present, k[i]);
-      share.load(static_cast<const T*>(args.v_cache) + at, present, v[i]);
+      share.load(static_cast<const Cache*>(args.k_cache) + at, present, k[i]);
+      share.load(static_cast<const Cache*>(args.v_cache) + at, present, v[i]);
     }
 #pragma unroll
     for (int i = 0; i < kKeysInFlight; ++i) {

@@ -12,6 +12,7 @@ namespace kelix::cuda {
 
 inline constexpr int kKeyTile = 64;            // keys of a pipeline stage
 inline constexpr int kMaxTileDim = 128;        // largest head_dim on tensor cores
+inline constexpr int kMiddleTileDim = 80;      // the size between 64 and it that rows are padded to
 inline constexpr int kLaneHeads = 4;           // query heads of a CTA without them
 inline constexpr int kTileHeads = 16;          // and with them: the rows of an mma
 inline constexpr int kPrefillQueries = 128;    // query rows x heads of a CTA of the prefill form
@@ -31,16 +32,27 @@ inline int64_t head_tiles(const PagedAttentionArgs& args) {
   return ceil_div(args.num_heads / args.num_kv_heads, args.plan.tiles ? kTileHeads : kLaneHeads);
 }
 
-inline bool loads_16_bytes(const PagedAttentionArgs& args) {
+// Bytes of a copy of float8 rows padded to kDim: a head_dim of 72 leaves rows aligned to 8 bytes.
+template <int kDim>
+inline constexpr int kFloat8CopyBytes = kDim == kMiddleTileDim ? 8 : 16;
+
+inline bool loads_vectors(const PagedAttentionArgs& args) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return args.head_dim * element_size(args.dtype) % 16 == 0 && aligned(args.q) &&
-         aligned(args.k_cache) && aligned(args.v_cache);
+  const bool rows = args.float8_cache ? args.head_dim % 8 == 0
+                                      : args.head_dim * element_size(args.dtype) % 16 == 0;
+  return rows && aligned(args.q) && aligned(args.k_cache) && aligned(args.v_cache);
+}
+
+// Whether the rows of a float8 cache can be copied as the tensor-core forms do it.
+inline bool copies_float8_rows(int64_t head_dim) {
+  return head_dim % 16 == 0 || (head_dim > 64 && head_dim <= kMiddleTileDim);
 }
 
 inline AttentionPlan attention_plan(PagedAttentionArgs args) {
   AttentionPlan& plan = args.plan;
-  plan.wide = loads_16_bytes(args);
-  plan.tiles = plan.wide && args.dtype != DType::kFloat32 && args.head_dim <= kMaxTileDim;
+  plan.wide = loads_vectors(args);
+  plan.tiles = plan.wide && args.dtype != DType::kFloat32 && args.head_dim <= kMaxTileDim &&
+               (!args.float8_cache || copies_float8_rows(args.head_dim));
   // More rows than requests: some have several, and tiles of queries take those. Without tensor
   // cores every row goes alone.
   plan.unit_is_request = plan.tiles && args.num_rows > args.batch;

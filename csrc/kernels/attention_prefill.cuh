@@ -10,12 +10,11 @@ inline constexpr int kPrefillStages = 2;
 // Eight warps to a stage: with four, the second-level cache would have to deliver twice as much.
 inline constexpr int kPrefillThreads = kPrefillQueries / kTileHeads * kWarpSize;
 
-template <class T, int kDim>
-using PrefillStream = KeyStream<T, kDim, kPrefillStages, kPrefillThreads>;
+template <class Cache, int kDim>
+using PrefillStream = KeyStream<Cache, kDim, kPrefillStages, kPrefillThreads>;
 
-template <class T, int kDim>
-inline constexpr int kPrefillShared =
-    kPrefillStages * PrefillStream<T, kDim>::kStageSize * sizeof(T);
+template <class T, class Cache, int kDim>
+inline constexpr int kPrefillShared = StageRows<T, PrefillStream<Cache, kDim>>::kShared;
 
 // The number of a request's first tile when each request has one tile more than it may need: the
 // host knows the number of all tiles without knowing the lengths.
@@ -43,11 +42,12 @@ __device__ __forceinline__ int64_t request_of_tile(const PagedAttentionArgs& arg
 }
 
 // One CTA per multiprocessor is promised: for two the compiler would spill.
-template <class T, int kDim>
+template <class T, class Cache, int kDim>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     paged_attention_prefill_kernel(PagedAttentionArgs args) {
-  using Stream = PrefillStream<T, kDim>;
-  KELIX_DYNAMIC_SHARED(T, shared);
+  using Stream = PrefillStream<Cache, kDim>;
+  using Rows = StageRows<T, Stream>;
+  KELIX_DYNAMIC_SHARED(Cache, shared);
   KELIX_SHARED(int64_t, offsets, [kPrefillStages][kKeyTile]);
 
   // The last tiles see the most keys: they go first.
@@ -69,13 +69,18 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   const KeyRange range{0, max(tile.visible(tile.end - 1), 0)};
 
   Stream stream(args, request, tile.kv_head, range, shared, offsets);
+  Rows rows(stream, shared);
   stream.start();
   const int first = tile.begin + static_cast<int>(threadIdx.x) / kWarpSize * kTileHeads;
   QueryWarp<T, kDim, kKeyTile> queries(args, tile, first);
   for (int step = 0; step < stream.steps(); ++step) {
     stream.advance(step);
     const int page = stream.page_of(step + kPrefillStages);
-    queries.attend(stream.keys(step), stream.values(step), Stream::kStride, step * kKeyTile);
+    if constexpr (Rows::kWidens) {
+      rows.template make<kKeyTile, kPrefillThreads>(step, 0, threadIdx.x);
+      __syncthreads();
+    }
+    queries.attend(rows.keys(step), rows.values(step), Rows::kStride, step * kKeyTile);
     stream.place(step + kPrefillStages, page);
   }
   queries.finish();

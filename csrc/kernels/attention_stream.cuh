@@ -7,14 +7,17 @@
 
 namespace kelix::cuda {
 
-// kDim: elements of a row in shared memory, head_dim and zeros up to a multiple of 16. kThreads: of
-// the CTA.
+// T: what the cache holds. kDim: elements of a row in shared memory, head_dim and zeros up to a
+// multiple of 16. kThreads: of the CTA.
 template <class T, int kDim, int kStages, int kThreads>
 class KeyStream {
  public:
-  // An odd number of 16-byte chunks: eight neighbouring rows start in different banks.
-  static constexpr int kStride = kDim + 8;
+  using Element = T;
+  static constexpr int kDims = kDim;
+  // Rows for ldmatrix have an odd number of 16-byte chunks (StageRows); float8 is read in a row.
+  static constexpr int kStride = sizeof(T) == 1 ? kDim : kDim + 8;
   static constexpr int kStageSize = 2 * kKeyTile * kStride;
+  static constexpr int kRingBytes = kStages * kStageSize * static_cast<int>(sizeof(T));
   using Offsets = int64_t[kStages][kKeyTile];
 
   // Keys `range` of a request's KV head. `shared`: [kStages * kStageSize].
@@ -63,7 +66,8 @@ class KeyStream {
 
  private:
   static constexpr int64_t kAbsent = -1;
-  static constexpr int kChunk = 16 / sizeof(T);  // elements of one copy
+  static constexpr int kCopyBytes = sizeof(T) == 1 ? kFloat8CopyBytes<kDim> : 16;
+  static constexpr int kChunk = kCopyBytes / sizeof(T);  // elements of one copy
   static constexpr int kRowChunks = kDim / kChunk;
 
   __device__ int64_t token_of(int step) const {
@@ -81,12 +85,20 @@ class KeyStream {
         const bool present = offset != kAbsent && element < args_.head_dim;
         const int64_t from = present ? offset + element : 0;
         T* row = to + key * kStride + element;
-        copy_async_16_zero_fill(row, static_cast<const T*>(args_.k_cache) + from, present ? 16 : 0);
-        copy_async_16_zero_fill(row + kKeyTile * kStride,
-                                static_cast<const T*>(args_.v_cache) + from, present ? 16 : 0);
+        copy(row, static_cast<const T*>(args_.k_cache) + from, present);
+        copy(row + kKeyTile * kStride, static_cast<const T*>(args_.v_cache) + from, present);
       }
     }
     copy_async_commit();  // an empty group keeps the count that advance() waits by
+  }
+
+  // One chunk, zeros where it is absent.
+  __device__ static void copy(T* to, const T* from, bool present) {
+    if constexpr (kCopyBytes == 16) {
+      copy_async_16_zero_fill(to, from, present ? 16 : 0);
+    } else {
+      copy_async_8_zero_fill(to, from, present ? 8 : 0);
+    }
   }
 
   const PagedAttentionArgs& args_;

@@ -6,6 +6,7 @@
 
 #include "common/tensor_core.cuh"
 #include "kernels/attention_stream.cuh"
+#include "kernels/attention_widen.cuh"
 
 namespace kelix::cuda {
 

@@ -4,7 +4,9 @@
 
 #include "common/attention.h"
 #include "common/device.cuh"
+#include "common/float8.cuh"
 #include "common/host_device.h"
+#include "common/vector.cuh"
 
 namespace kelix::cuda {
 
@@ -22,44 +24,18 @@ KELIX_HOST_DEVICE constexpr int rope_width(int64_t head_dim, int vector) {
   return width;
 }
 
-template <int kVector, class T>
-__device__ __forceinline__ void load_vector(const T* from, T (&to)[kVector]) {
-  if constexpr (kVector * sizeof(T) % 16 == 0) {
-    constexpr int kPart = 16 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < kVector; i += kPart) {
-      T part[kPart];
-      load_16_bytes(from + i, part);
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) to[i + j] = part[j];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = from[i];
-  }
-}
-
-template <int kVector, class T>
-__device__ __forceinline__ void store_vector(T* to, const T (&from)[kVector]) {
-  if constexpr (kVector * sizeof(T) == 16) {
-    store_16_bytes(to, from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = from[i];
-  }
-}
-
 // What becomes of one head: where it goes, and which norm it takes.
-template <class T>
+template <class T, class Cache>
 struct RopeHead {
-  T* out;  // null: not stored
+  T* query;         // null: not one
+  Cache* in_cache;  // null: not stored
   const T* weight;
   bool rotated;
 
   __device__ RopeHead(const RopeStoreKvArgs& args, int64_t token, int64_t head)
-      : out(nullptr), weight(nullptr), rotated(true) {
+      : query(nullptr), in_cache(nullptr), weight(nullptr), rotated(true) {
     if (head < args.num_heads) {
-      out = static_cast<T*>(args.q) + (token * args.num_heads + head) * args.head_dim;
+      query = static_cast<T*>(args.q) + (token * args.num_heads + head) * args.head_dim;
       weight = static_cast<const T*>(args.q_weight);
       return;
     }
@@ -70,7 +46,23 @@ struct RopeHead {
     const int64_t kv_head = (head - args.num_heads) % args.num_kv_heads;
     const int64_t row = (slot / args.page_size * args.num_kv_heads + kv_head) * args.page_size +
                         slot % args.page_size;
-    out = static_cast<T*>(rotated ? args.k_cache : args.v_cache) + row * args.head_dim;
+    in_cache = static_cast<Cache*>(rotated ? args.k_cache : args.v_cache) + row * args.head_dim;
+  }
+
+  __device__ bool is_wanted() const { return query != nullptr || in_cache != nullptr; }
+
+  template <int kVector>
+  __device__ __forceinline__ void store(int at, const T (&from)[kVector]) const {
+    if constexpr (std::is_same_v<T, Cache>) {
+      store_vector((query != nullptr ? query : in_cache) + at, from);
+    } else if (query != nullptr) {
+      store_vector(query + at, from);
+    } else {
+      Cache narrow[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) narrow[i] = from_float<Cache>(to_float(from[i]));
+      store_vector(in_cache + at, narrow);
+    }
   }
 };
 
@@ -100,7 +92,7 @@ __device__ __forceinline__ void rotate(T (&first)[kVector], T (&second)[kVector]
   }
 }
 
-template <class T, int kVector>
+template <class T, class Cache, int kVector>
 __global__ void __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeStoreKvArgs args) {
   // Pieces of a lane: one, but for single elements of a long head.
   constexpr int kPieces = kRopeHalf > kWarpSize * kVector ? kRopeHalf / (kWarpSize * kVector) : 1;
@@ -112,7 +104,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeStoreKv
   // Lanes without a head stay for the sums of their warp.
   const bool present = unit < args.num_tokens * all_heads;
   const int64_t token = present ? unit / all_heads : 0;
-  const RopeHead<T> head(args, token, present ? unit % all_heads : 0);
+  const RopeHead<T, Cache> head(args, token, present ? unit % all_heads : 0);
   const T* x = static_cast<const T*>(args.qkv) + (present ? unit : 0) * args.head_dim;
 
   T raw[2][kPieces][kVector];
@@ -131,7 +123,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeStoreKv
   for (int offset = width / 2; offset > 0; offset /= 2) {
     square_sum += shuffle_xor(square_sum, offset);
   }
-  if (!present || head.out == nullptr) return;
+  if (!present || !head.is_wanted()) return;
   const float scale = rsqrtf(square_sum / args.head_dim + args.eps);
   const float* cos_sin = args.cos_sin + args.positions[token] * args.head_dim;
 
@@ -142,8 +134,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeStoreKv
     if (head.rotated) {
       rotate<T, kVector>(raw[0][piece], raw[1][piece], head.weight, scale, cos_sin, at, half);
     }
-    store_vector(head.out + at, raw[0][piece]);
-    store_vector(head.out + half + at, raw[1][piece]);
+    head.store(at, raw[0][piece]);
+    head.store(half + at, raw[1][piece]);
   }
 }
 

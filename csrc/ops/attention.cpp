@@ -22,6 +22,24 @@ void require_index(Check& check, const char* name, int64_t index, int64_t first,
              std::to_string(index));
 }
 
+// Whether a cache is float8 instead of what the call's other tensors, of which `like` is one, are.
+bool is_float8_cache(Check& check, const Tensor& k_cache, const Tensor& v_cache, const Tensor& like,
+                     const char* like_name) {
+  const ScalarType got = k_cache.scalar_type();
+  const bool float8 = got == ScalarType::Float8_e4m3fn;
+  if (!float8 && got != like.scalar_type()) {
+    check.rule(false, "k_cache",
+               std::string("must be ") + dtype_text(like.scalar_type()) + " like " + like_name +
+                   ", or float8_e4m3fn",
+               dtype_text(got));
+  }
+  if (v_cache.scalar_type() != got) {
+    check.rule(false, "v_cache", std::string("must be ") + dtype_text(got) + " like k_cache",
+               dtype_text(v_cache.scalar_type()));
+  }
+  return float8;
+}
+
 // Indices of a CPU call are checked here; on a GPU that would cost a synchronisation per layer.
 void check_indices(Check& check, const RopeStoreKvArgs& args, int64_t max_positions,
                    int64_t num_pages) {
@@ -38,8 +56,6 @@ Tensor rope_store_kv(const Tensor& qkv, const std::optional<Tensor>& q_weight,
   Check check("rope_store_kv");
   check.shape(k_cache, "k_cache", {"P", "KV", "page", "hd"})
       .shape(v_cache, "v_cache", {"P", "KV", "page", "hd"})
-      .storage(k_cache, "k_cache")
-      .storage(v_cache, "v_cache")
       .contiguous(k_cache, "k_cache")
       .contiguous(v_cache, "v_cache");
   const int64_t head_dim = check["hd"];
@@ -57,6 +73,7 @@ Tensor rope_store_kv(const Tensor& qkv, const std::optional<Tensor>& q_weight,
       .dtype(slots, "slots", ScalarType::Long);
   if (q_weight) check.shape(*q_weight, "q_weight", {"hd"}).storage(*q_weight, "q_weight");
   if (k_weight) check.shape(*k_weight, "k_weight", {"hd"}).storage(*k_weight, "k_weight");
+  const bool float8_cache = is_float8_cache(check, k_cache, v_cache, qkv, "qkv");
 
   const Tensor input = dense(qkv);
   const Tensor table = dense(cos_sin);
@@ -80,7 +97,8 @@ Tensor rope_store_kv(const Tensor& qkv, const std::optional<Tensor>& q_weight,
                              head_dim,
                              check["page"],
                              static_cast<float>(eps),
-                             check.storage_type()};
+                             check.storage_type(),
+                             float8_cache};
   if (uses_cuda(input)) {
     KELIX_LAUNCH_CUDA("rope_store_kv", input, rope_store_kv, args);
   } else {
@@ -142,9 +160,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   check.shape(q, "q", {"T", "H", "hd"})
       .storage(q, "q")
       .shape(k_cache, "k_cache", {"P", "KV", "page", "hd"})
-      .storage(k_cache, "k_cache")
       .shape(v_cache, "v_cache", {"P", "KV", "page", "hd"})
-      .storage(v_cache, "v_cache")
       .shape(page_table, "page_table", {"B", "max_pages"})
       .dtype(page_table, "page_table", ScalarType::Int)
       .shape(context_lens, "context_lens", {"B"})
@@ -159,6 +175,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       // A copy of the whole cache per call would hide a mistake of the caller.
       .contiguous(k_cache, "k_cache")
       .contiguous(v_cache, "v_cache");
+  const bool float8_cache = is_float8_cache(check, k_cache, v_cache, q, "q");
 
   const Tensor queries = dense(q);
   const Tensor table = dense(page_table);
@@ -180,7 +197,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                           check["hd"],
                           check["page"],
                           static_cast<float>(scale),
-                          check.storage_type()};
+                          check.storage_type(),
+                          float8_cache};
   if (uses_cuda(queries)) {
     args.plan = cuda::attention_plan(args);
     std::optional<Tensor>

@@ -41,6 +41,8 @@ const char* dtype_text(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return torch::headeronly::toString(dtype);
   }

@@ -38,6 +38,7 @@ def bench(
     vae: options.Vae = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Time the stages of a drawing and of an answer on this machine, one request at a time."""
@@ -47,12 +48,13 @@ def bench(
     options.check_picture(out)
     render = RenderParams(steps=steps, seed=0)
     if config == "release":
+        from kelix_rt.config import EngineConfig
         from kelix_rt.release import release_engine, release_workload
 
-        engine = release_engine(device, dtype)
+        engine = release_engine(device, dtype, EngineConfig(kv_dtype=kv_dtype))
         work = release_workload(engine, render)
     else:
-        engine = load_engine(model, dit, vae, device, dtype, drawing=True)
+        engine = load_engine(model, dit, vae, device, dtype, kv_dtype=kv_dtype, drawing=True)
         work = workload(engine, render)
     report = measure(engine, work, runs)
     name = Path(model).name if config == "checkpoint" else "released size, random weights"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kelix_rt.cli.output import byte_progress
 from kelix_rt.errors import ConfigError
@@ -30,6 +30,7 @@ def load_engine(
     device: str,
     dtype: str,
     *,
+    kv_dtype: Literal["auto", "fp8"],
     drawing: bool,
 ) -> Engine:
     """An engine; with `drawing`, ConfigError before any weight is read if DiT or VAE are absent.
@@ -60,5 +61,6 @@ def load_engine(
             vae=vae_path,
             device=device,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             on_tensor=lambda _, size: bar.advance(task, size),
         )

@@ -98,6 +98,7 @@ class PagedKV:
     ) -> PagedKV:
         """A cache of num_pages pages of page_size positions.
 
+        dtype: the hidden states' or float8_e4m3fn.
         Not initialised: nothing reads what no sequence wrote, and on a CPU a page takes real
         memory only once it is used.
         """

@@ -2,6 +2,11 @@
 
 The cache of one layer is two tensors [num_pages, num_kv_heads, page_size, head_dim]. A token's
 flat slot is ``page_id * page_size + offset``; a request's page table lists its pages in order.
+
+Both hold the dtype of the queries, or float8_e4m3fn, which takes a byte an element. There is no
+scale: a value is rounded to the nearest that float8 has, relative error at most 2^-4 from 2^-6 to
+448, absolute error at most 2^-10 below, and beyond +-448 becomes +-448. docs/kernels/attention.md
+says what that means for a model.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ def rope_store_kv(
     cos_sin: [max_pos, hd] float32, cosines in the first half of a row and sines in the second.
         Half-split layout: ``(x1 cos - x2 sin | x2 cos + x1 sin)``, float32, one rounding.
     positions: [T] int32, the row of cos_sin. slots: [T] int64 flat slots; -1 stores nothing.
-    k_cache, v_cache: [P, KV, page, hd], contiguous, dtype of qkv, written in place. v is copied.
+    k_cache, v_cache: [P, KV, page, hd], contiguous, written in place. dtype of qkv, where v is
+        copied; or both float8_e4m3fn, where k and v are what a cache of qkv's dtype would hold,
+        rounded to nearest even once more, saturating at +-448; NaN stays NaN.
     Returns q, [T, H, hd] contiguous.
     """
     return torch.ops.kelix.rope_store_kv(
@@ -66,6 +73,13 @@ def normed_rotated(
     return q, k, v
 
 
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.float8_e4m3fn:
+        return values
+    limit = torch.finfo(dtype).max  # torch.to made what lies beyond it NaN in some versions
+    return values.clamp(-limit, limit).to(dtype)
+
+
 def rope_store_kv_ref(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -83,8 +97,8 @@ def rope_store_kv_ref(
     q, k, v = normed_rotated(qkv, q_weight, k_weight, cos_sin, positions, num_heads, head_dim, eps)
     stored = slots >= 0
     page, offset = slots[stored] // page_size, slots[stored] % page_size
-    k_cache[page, :, offset] = k[stored]
-    v_cache[page, :, offset] = v[stored]
+    k_cache[page, :, offset] = _stored(k[stored], k_cache.dtype)
+    v_cache[page, :, offset] = _stored(v[stored], v_cache.dtype)
     return q.contiguous()
 
 
@@ -115,8 +129,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal grouped-query attention of a ragged batch over the paged cache.
 
-    q: [T, H, hd]. k_cache, v_cache: [P, KV, page, hd], same dtype; query head h reads KV head
-        ``h // (H / KV)``.
+    q: [T, H, hd]. k_cache, v_cache: [P, KV, page, hd], dtype of q, or both float8_e4m3fn; query
+        head h reads KV head ``h // (H / KV)``.
     page_table: [B, max_pages] int32; entries past ``ceil(context / page)`` are never read.
     context_lens: [B] int32, tokens in the cache including this call's. query_start: [B + 1] int32.
         Request b owns rows ``query_start[b]:query_start[b+1]``, the LAST positions of its context:

@@ -19,7 +19,7 @@ from tests.simt.build import ROOT, Build
 
 @dataclass(frozen=True)
 class Stem:
-    """A stem's share of the test time."""
+    """A test file of tests/ops and its share of the test time."""
 
     name: str
     cases: int  # of each test at most, spread over its grid
@@ -35,6 +35,7 @@ STEMS = [
     Stem("sampling", 4, "not (distribution or every_key or depends_on_nothing or equal_logits)"),
     Stem("block_decoder", 4, "not independent_of_its_batch"),
     Stem("attention", 16),
+    Stem("attention_float8", 12),
     Stem("codes", 24),
     Stem("codes", 24, "not wide_rows and not embed", capability=80),
     Stem("diffusion", 24),
@@ -46,6 +47,7 @@ SANITIZED_STEMS = [
     Stem("sampling", 1, "ties or cannot_be_drawn"),
     Stem("block_decoder", 1, "equals_torch or parts_agree"),
     Stem("attention", 3),
+    Stem("attention_float8", 3),
     Stem("codes", 3, "not wide_rows"),
     Stem("codes", 3, "not wide_rows and not embed", capability=80),
     Stem("diffusion", 6),

@@ -62,5 +62,11 @@ inline uint32_t pack_bf16(float low, float high) {
 inline uint32_t pack_f16(float low, float high) {
   return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
 }
+inline uint32_t multiply_f16_pair(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t bits) {
+    return __half2float(__half{static_cast<uint16_t>(bits)});
+  };
+  return pack_f16(half(a) * half(b), half(a >> 16) * half(b >> 16));
+}
 
 }  // namespace kelix
