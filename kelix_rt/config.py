@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from kelix_rt.errors import ConfigError
 from kelix_rt.model_configs import KelixConfig, QwenConfig, TokenDecoderConfig
@@ -21,6 +21,7 @@ __all__ = [
     "EngineConfig",
     "KelixConfig",
     "ModelConfig",
+    "Quantization",
     "QwenConfig",
     "SanaConfig",
     "TokenDecoderConfig",
@@ -28,6 +29,9 @@ __all__ = [
     "VisionConfig",
     "read_config",
 ]
+
+
+Quantization: TypeAlias = Literal["int8"] | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ class EngineConfig(JsonConfig):
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
-    has no effect without a GPU.
+    has no effect without a GPU. quantization: "int8" keeps the matrices of the language model's
+    layers as int8 with a float32 scale per row, whatever the dtype; None keeps them in it.
     """
 
     max_batch: int = 32
@@ -132,6 +137,7 @@ class EngineConfig(JsonConfig):
     max_condition_length: int = 720
     codes_mode: Literal["exact", "reference"] = "exact"
     cuda_graphs: bool = True
+    quantization: Quantization = None
 
     def __post_init__(self) -> None:
         self.require_positive("max_batch page_size max_step_tokens max_condition_length")
@@ -144,6 +150,8 @@ class EngineConfig(JsonConfig):
         self.require(0 < fraction <= 1, "kv_memory_fraction", "be above 0 and at most 1")
         modes = ("exact", "reference")
         self.require(self.codes_mode in modes, "codes_mode", f"be one of {modes}")
+        kinds = (None, "int8")
+        self.require(self.quantization in kinds, "quantization", f"be one of {kinds}")
 
     def on_device(self, kind: str) -> EngineConfig:
         """The same without what a device of this kind ("cuda", "cpu") does not have."""

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kelix_rt.config import EngineConfig, KelixConfig, QwenConfig, SanaConfig, TokenDecoderConfig
+from kelix_rt.config import (
+    EngineConfig,
+    KelixConfig,
+    Quantization,
+    QwenConfig,
+    SanaConfig,
+    TokenDecoderConfig,
+)
 from kelix_rt.engine import Engine
 from kelix_rt.errors import CapacityError, ConfigError
 from kelix_rt.loading import assemble, choose_device, choose_dtype
@@ -89,8 +96,10 @@ class Sizes:
     vae: dict[str, Any] = field(default_factory=_released_vae)
 
 
-def release_engine(device: str = "auto", dtype: str = "auto") -> Engine:
-    """The released size on a GPU, in bfloat16 unless said.
+def release_engine(
+    device: str = "auto", dtype: str = "auto", quantization: Quantization = None
+) -> Engine:
+    """The released size on a GPU, in bfloat16 unless said; quantization as in EngineConfig.
 
     Raises ConfigError on a CPU, where a picture would take hours, and CapacityError when the
     device's free memory does not hold it.
@@ -101,14 +110,20 @@ def release_engine(device: str = "auto", dtype: str = "auto") -> Engine:
             "bench: --config release needs an NVIDIA GPU: on a CPU the released size would take "
             "hours; leave --config out to time a checkpoint"
         )
-    return random_engine(Sizes(), target, choose_dtype(dtype) or torch.bfloat16)
+    options = EngineConfig(quantization=quantization)
+    return random_engine(Sizes(), target, choose_dtype(dtype) or torch.bfloat16, options)
 
 
-def random_engine(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Engine:
-    """An engine of these sizes. Raises CapacityError before anything is allocated."""
+def random_engine(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, options: EngineConfig | None = None
+) -> Engine:
+    """An engine of these sizes. Raises CapacityError before anything is allocated.
+
+    int8 weights are made of floating ones, so at the start the memory has to hold those.
+    """
     from diffusers import AutoencoderDC
 
-    options = EngineConfig()
+    options = options or EngineConfig()
     with torch.device("meta"):
         language = KelixLM(sizes.kelix)
         tokenizer = VisionTokenizer(sizes.kelix.tokenizer_config)
@@ -127,6 +142,8 @@ def random_engine(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Eng
         language.head[: sizes.kelix.qwen_config.vocab_size] *= 1e-3
         shape = tokenizer.codebooks.shape
         tokenizer.set_codebooks(torch.randn(shape, device=device, dtype=dtype))
+    if options.quantization == "int8":
+        language.backbone.quantize()
     language.prepare()
     language.visual_tokenizer = tokenizer
     render = RenderStage(dit, Autoencoder.of(vae), options.max_condition_length)

@@ -41,6 +41,8 @@ const char* dtype_text(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Char:
+      return "int8";
     default:
       return torch::headeronly::toString(dtype);
   }

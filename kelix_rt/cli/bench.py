@@ -38,6 +38,7 @@ def bench(
     vae: options.Vae = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Time the stages of a drawing and of an answer on this machine, one request at a time."""
@@ -49,10 +50,12 @@ def bench(
     if config == "release":
         from kelix_rt.release import release_engine, release_workload
 
-        engine = release_engine(device, dtype)
+        engine = release_engine(device, dtype, quantization)
         work = release_workload(engine, render)
     else:
-        engine = load_engine(model, dit, vae, device, dtype, drawing=True)
+        engine = load_engine(
+            model, dit, vae, device, dtype, drawing=True, quantization=quantization
+        )
         work = workload(engine, render)
     report = measure(engine, work, runs)
     name = Path(model).name if config == "checkpoint" else "released size, random weights"

@@ -50,12 +50,13 @@ def chat(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask about text and images; the answer is printed as it is written."""
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed, max_blocks)
     messages = chat_messages(question, image or [], system)
-    engine = load_engine(model, None, None, device, dtype, drawing=False)
+    engine = load_engine(model, None, None, device, dtype, drawing=False, quantization=quantization)
     output, text = _answer(engine, messages, sampling, show=not as_json)
     if as_json:
         print_json(
@@ -133,6 +134,7 @@ def draw(
     vae: options.Vae = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw an image of a description."""
@@ -140,7 +142,7 @@ def draw(
     width, height = options.read_size(size) or (None, None)
     render = RenderParams(height=height, width=width, steps=steps, cfg=cfg, seed=seed)
     sampling = SamplingParams(temperature, seed=seed) if temperature > 0 else None
-    engine = load_engine(model, dit, vae, device, dtype, drawing=True)
+    engine = load_engine(model, dit, vae, device, dtype, drawing=True, quantization=quantization)
     picture = follow_drawing(engine.stream(prompt, sampling, render=render))
     save_picture(picture, out, as_json)
 

@@ -22,6 +22,7 @@ def info(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="The memory of a whole engine, and what runs at once.")
     ] = False,
@@ -40,7 +41,8 @@ def info(
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
         target, wanted = choose_device(device), choose_dtype(dtype)
-        chosen, free = EngineConfig().on_device(target.type), available_bytes(target)
+        chosen = EngineConfig(quantization=quantization).on_device(target.type)
+        free = available_bytes(target)
         found["checkpoint"] = facts.checkpoint(
             checkpoint, options=chosen, dtype=wanted, free_bytes=free
         )

@@ -9,6 +9,7 @@ from kelix_rt.cli.output import byte_progress
 from kelix_rt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kelix_rt.config import Quantization
     from kelix_rt.engine import Engine
 
 # Lines of the memory ledger that the language model's loader reports as it goes.
@@ -31,12 +32,14 @@ def load_engine(
     dtype: str,
     *,
     drawing: bool,
+    quantization: Quantization = None,
 ) -> Engine:
     """An engine; with `drawing`, ConfigError before any weight is read if DiT or VAE are absent.
 
     Without `drawing` the DiT is loaded too when it is given or lies in the model's directory.
     """
     from kelix_rt.checkpoint import resolve
+    from kelix_rt.config import EngineConfig
     from kelix_rt.engine import Engine
     from kelix_rt.loading import choose_dtype, find_drawing
     from kelix_rt.memory import plan
@@ -50,7 +53,9 @@ def load_engine(
         )
     dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
-    entries = [entry for path in sources for entry in plan(path, dtype=choose_dtype(dtype)).entries]
+    options, chosen = EngineConfig(quantization=quantization), choose_dtype(dtype)
+    plans = [plan(path, options=options, dtype=chosen) for path in sources]
+    entries = [entry for ledger in plans for entry in ledger.entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
     with byte_progress() as bar:
         task = bar.add_task(f"loading {Path(model).name}", total=total)
@@ -61,4 +66,5 @@ def load_engine(
             device=device,
             dtype=dtype,
             on_tensor=lambda _, size: bar.advance(task, size),
+            quantization=quantization,
         )

@@ -40,7 +40,12 @@ from kelix_rt.ops.diffusion import (
     relu_linear_attention,
     relu_linear_attention_ref,
 )
-from kelix_rt.ops.linear import skinny_linear, skinny_linear_ref
+from kelix_rt.ops.linear import (
+    skinny_linear,
+    skinny_linear_int8,
+    skinny_linear_int8_ref,
+    skinny_linear_ref,
+)
 from kelix_rt.ops.norm import (
     add_rms_norm,
     add_rms_norm_ref,
@@ -86,5 +91,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_ref",
     "skinny_linear",
+    "skinny_linear_int8",
+    "skinny_linear_int8_ref",
     "skinny_linear_ref",
 ]
