@@ -29,7 +29,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         part = weight[rows].float()
         scale[rows] = part.abs().amax(1) / 127
         divisor = scale[rows].masked_fill(scale[rows] == 0, 1.0).unsqueeze(1)
-        codes[rows] = part.div_(divisor).round_().clamp_(-127, 127)
+        codes[rows] = (part / divisor).round_().clamp_(-127, 127)
     return codes, scale
 
 
