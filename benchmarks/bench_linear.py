@@ -1,4 +1,4 @@
-"""skinny_linear at the shapes of a mid-size backbone: eight layers of four products, 101 MB.
+"""skinny_linear at the shapes of a mid-size backbone: eight layers of four products, 25 M weights.
 
 Floor: the weights, read once.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare import Comparison
 from kelix_rt import ops
+from kelix_rt.quantization import dequantize_int8, quantize_int8
 from kelix_rt.testing import randn
 
 SHAPES = ((1024, 512), (512, 512), (4096, 512), (512, 2048))  # qkv, output, gate and up, down
@@ -44,3 +45,41 @@ def test_skinny_linear(compare: Comparison, device: str, dtype: torch.dtype, row
         {"read_once": lambda: [w.view(torch.int16).max() for w in weights]},
         num_bytes=sum(w.nbytes for w in weights),
     )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.inference_mode()
+def test_skinny_linear_int8(
+    compare: Comparison, device: str, dtype: torch.dtype, rows: int
+) -> None:
+    """int8 weights against the same in float32 and bfloat16, activations in `dtype`."""
+    full = [randn(*s, device=device, seed=seed) for seed in range(LAYERS) for s in SHAPES]
+    weights = [quantize_int8(weight) for weight in full]
+    wide = {t: [w.to(t) for w in full] for t in (torch.float32, torch.bfloat16)}
+    inputs = {
+        t: {i: randn(rows, i, dtype=t, device=device) for i in {i for _, i in SHAPES}} for t in wide
+    }
+
+    def ours() -> list[Tensor]:
+        return [ops.skinny_linear_int8(inputs[dtype][w.shape[1]], w, s) for w, s in weights]
+
+    def skinny(kind: torch.dtype) -> list[Tensor]:
+        return [ops.skinny_linear(inputs[kind][w.shape[1]], w) for w in wide[kind]]
+
+    tolerance = 1e-3 if dtype == torch.float32 else 1.0  # sums of up to 2,048 terms of size one
+    for got, (w, s) in zip(ours(), weights, strict=True):
+        want = F.linear(inputs[dtype][w.shape[1]], dequantize_int8(w, s, dtype))
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=1e-2)
+    num_bytes = sum(w.nbytes + s.nbytes for w, s in weights)
+    compare(
+        ours,
+        {
+            "float32": lambda: skinny(torch.float32),
+            "bfloat16": lambda: skinny(torch.bfloat16),
+        },
+        {"read_once": lambda: [w.view(torch.int16).max() for w, _ in weights]},
+        num_bytes=num_bytes,
+    )
+    milliseconds = compare.benchmark.extra_info["ms"]
+    compare.record({"gb_per_second": round(num_bytes / milliseconds / 1e6, 1)})

@@ -20,6 +20,7 @@ from benchmarks.compare import Comparison, Machine
 from benchmarks.decode_loop import GREEDY, QWEN, SAMPLED, DecodeLoop, text_rows, visual_row
 from benchmarks.reference_llm import ReferenceLM
 from kelix_rt import Engine, SamplingParams
+from kelix_rt.config import Quantization
 from kelix_rt.models.language_model import KelixLM
 
 CONTEXT, LONG = 64, 2048
@@ -109,6 +110,30 @@ def test_text_block(
     loop = DecodeLoop(writer, batch, context, sampling, text_rows(1))
     assert bool((loop.step()[:, 0] < QWEN["vocab_size"]).all()), "the block must be text"
     time_blocks(compare, loop.step, batch, TEXT_BYTES + kv_bytes(batch, context))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 8])
+@torch.inference_mode()
+def test_visual_block_with_int8_weights(
+    compare: Comparison, mid_size: Path, device: str, dtype: torch.dtype, batch: int
+) -> None:
+    """The backbone in int8; head and Block Decoder, most of what is left to read, in `dtype`."""
+
+    def loop(kind: torch.dtype, quantization: Quantization) -> DecodeLoop:
+        model = KelixLM.from_pretrained(mid_size, device, kind, quantization=quantization)
+        return DecodeLoop(model, batch, CONTEXT, GREEDY, visual_row())
+
+    int8 = loop(dtype, "int8")
+    assert bool((int8.step()[:, :-1] >= QWEN["vocab_size"]).all()), "the block must be visual"
+    compare(
+        int8.step,
+        {
+            "float32": loop(torch.float32, None).step,
+            "bfloat16": loop(torch.bfloat16, None).step,
+        },
+        graph=False,
+    )
 
 
 def kv_bytes(batch: int, context: int) -> int:

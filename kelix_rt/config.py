@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from kelix_rt.errors import ConfigError
 from kelix_rt.model_configs import KelixConfig, QwenConfig, TokenDecoderConfig
@@ -21,6 +21,7 @@ __all__ = [
     "EngineConfig",
     "KelixConfig",
     "ModelConfig",
+    "Quantization",
     "QwenConfig",
     "SanaConfig",
     "TokenDecoderConfig",
@@ -28,6 +29,9 @@ __all__ = [
     "VisionConfig",
     "read_config",
 ]
+
+
+Quantization: TypeAlias = Literal["int8"] | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ class EngineConfig(JsonConfig):
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
-    has no effect without a GPU.
+    has no effect without a GPU. quantization: "int8" keeps the matrices of the language model's
+    layers as int8 with a float32 scale per row, whatever the dtype; None keeps them in it.
     """
 
     max_batch: int = 32
@@ -135,6 +140,7 @@ class EngineConfig(JsonConfig):
     max_condition_length: int = 720
     codes_mode: Literal["exact", "reference"] = "exact"
     cuda_graphs: bool = True
+    quantization: Quantization = None
 
     def __post_init__(self) -> None:
         self.require_positive("max_batch page_size max_step_tokens max_condition_length")
@@ -145,7 +151,12 @@ class EngineConfig(JsonConfig):
             self.require(value is None or value > 0, name, "be None or positive")
         fraction = self.kv_memory_fraction
         self.require(0 < fraction <= 1, "kv_memory_fraction", "be above 0 and at most 1")
-        for name, values in (("kv_dtype", ("auto", "fp8")), ("codes_mode", ("exact", "reference"))):
+        choices = {
+            "kv_dtype": ("auto", "fp8"),
+            "codes_mode": ("exact", "reference"),
+            "quantization": (None, "int8"),
+        }
+        for name, values in choices.items():
             self.require(getattr(self, name) in values, name, f"be one of {values}")
 
     def on_device(self, kind: str) -> EngineConfig:

@@ -53,7 +53,7 @@ def load_parts(
             f"Engine: {directory} must hold a Kelix language model, got a {type(config).__name__}"
         )
     target, wanted = choose_device(device), choose_dtype(dtype)
-    language = KelixLM.from_pretrained(directory, target, wanted, on_tensor)
+    language = KelixLM.from_pretrained(directory, target, wanted, on_tensor, chosen.quantization)
     drawing = find_drawing(directory, dit, vae)
     render = None
     if drawing is not None:

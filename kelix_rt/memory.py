@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,13 @@ from pathlib import Path
 import torch
 
 from kelix_rt.checkpoint import Checkpoint
-from kelix_rt.config import EngineConfig, KelixConfig, TokenizerConfig, read_config
+from kelix_rt.config import (
+    EngineConfig,
+    KelixConfig,
+    Quantization,
+    TokenizerConfig,
+    read_config,
+)
 from kelix_rt.errors import CapacityError
 from kelix_rt.ledger import MemoryEntry, MemoryPlan, Stage
 from kelix_rt.weights import float_dtype
@@ -41,6 +48,10 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
     (r"\.token_head\.", "block decoder"),
     (r"^model\.model\.", "backbone"),
 )
+
+
+# The matrices that quantization="int8" turns into int8.
+_QUANTIZED = r"^model\.model\.layers\.\d+\.(attn\.\w+_proj|mlp\.w\d)\.weight$"
 
 
 def cache_dtype(options: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -121,9 +132,9 @@ def plan(
     config = read_config(directory)
     checkpoint = Checkpoint(directory)
     stored = dtype or float_dtype(checkpoint, checkpoint.names())
-    entries = weight_entries(directory, stored)
     if not isinstance(config, KelixConfig):
-        return MemoryPlan(tuple(entries), stored)
+        return MemoryPlan(tuple(weight_entries(directory, stored)), stored)
+    entries = weight_entries(directory, stored, options.quantization)
     entries += language_workspaces(config, options, stored)
     return with_cache(entries, config, options, stored, free_bytes)
 
@@ -150,10 +161,12 @@ def with_cache(
     )
 
 
-def weight_entries(directory: Path, dtype: torch.dtype) -> list[MemoryEntry]:
+def weight_entries(
+    directory: Path, dtype: torch.dtype, quantization: Quantization = None
+) -> list[MemoryEntry]:
     """Weights of a checkpoint directory, from the headers of its files, and tables made of them."""
     config, checkpoint = read_config(directory), Checkpoint(directory)
-    groups = _weights(checkpoint, dtype)
+    groups = _weights(checkpoint, dtype, quantization == "int8")
     tokenizer = config.tokenizer_config if isinstance(config, KelixConfig) else config
     if isinstance(tokenizer, TokenizerConfig) and VISION in groups:
         groups[CODEBOOKS] = codebook_bytes(tokenizer, dtype)
@@ -166,17 +179,18 @@ def weight_entries(directory: Path, dtype: torch.dtype) -> list[MemoryEntry]:
     ]
 
 
-def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name in checkpoint.names():
         group = _group(name)
         if name == LM_HEAD and OUTPUT_HEAD not in checkpoint:
             group = "output head"  # the loader falls back to it
         if group is not None:
-            count = 1
-            for side in checkpoint.shape(name):
-                count *= side
-            sizes[group] = sizes.get(group, 0) + count * dtype.itemsize
+            shape = checkpoint.shape(name)
+            size = math.prod(shape) * dtype.itemsize
+            if int8 and re.search(_QUANTIZED, name):
+                size = math.prod(shape) + shape[0] * torch.float32.itemsize
+            sizes[group] = sizes.get(group, 0) + size
     return sizes
 
 

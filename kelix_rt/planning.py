@@ -9,7 +9,7 @@ from torch import nn
 
 from kelix_rt.assets import bundled
 from kelix_rt.checkpoint import Checkpoint
-from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig, read_config
+from kelix_rt.config import EngineConfig, KelixConfig, Quantization, SanaConfig, read_config
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.ledger import MemoryEntry, MemoryPlan
 from kelix_rt.loading import find_drawing
@@ -24,7 +24,7 @@ from kelix_rt.memory import (
 )
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
-from kelix_rt.weights import float_dtype
+from kelix_rt.weights import SCALE, float_dtype
 from kelix_rt.workspace import language_workspaces, render_workspaces
 
 
@@ -48,7 +48,7 @@ def engine_plan(
     options = options or EngineConfig()
     if isinstance(model, KelixConfig):
         config, stored = model, dtype or torch.bfloat16
-        entries = config_entries(config, stored)
+        entries = config_entries(config, stored, options.quantization)
         drawing = find_drawing(None, dit, vae)
     else:
         directory = _directory(model)
@@ -59,7 +59,7 @@ def engine_plan(
             )
         config = found
         stored = dtype or language_dtype(directory)
-        entries = weight_entries(directory, stored)
+        entries = weight_entries(directory, stored, options.quantization)
         drawing = find_drawing(directory, dit, vae)
     entries += language_workspaces(config, options, stored)
     if drawing is not None:
@@ -82,22 +82,26 @@ def drawing_entries(
     return entries + render_workspaces(config, autoencoder, options, dtype)
 
 
-def config_entries(config: KelixConfig, dtype: torch.dtype) -> list[MemoryEntry]:
+def config_entries(
+    config: KelixConfig, dtype: torch.dtype, quantization: Quantization = None
+) -> list[MemoryEntry]:
     """Weights of a language model and its vision tokenizer that exist as a config only."""
     with torch.device("meta"):
         model, tokenizer = KelixLM(config), VisionTokenizer(config.tokenizer_config)
-    counts = {
-        "backbone": _count(model.backbone),
-        "embedding table": model.embeddings.numel(),
-        "output head": model.head.numel(),
-        "block decoder": _count(model.block_decoder),
+        if quantization == "int8":
+            model.backbone.quantize()
+    sizes = {
+        "backbone": _bytes(model.backbone, dtype),
+        "embedding table": model.embeddings.numel() * dtype.itemsize,
+        "output head": model.head.numel() * dtype.itemsize,
+        "block decoder": _bytes(model.block_decoder, dtype),
     }
-    entries = [MemoryEntry(k, n * dtype.itemsize, "generate") for k, n in counts.items()]
+    entries = [MemoryEntry(name, size, "generate") for name, size in sizes.items()]
     books = codebook_bytes(config.tokenizer_config, dtype)
     return [
         *entries,
         MemoryEntry(ROTARY, rotary_bytes(config), "generate"),
-        MemoryEntry(VISION, _count(tokenizer) * dtype.itemsize, "encode"),
+        MemoryEntry(VISION, _bytes(tokenizer, dtype), "encode"),
         MemoryEntry(CODEBOOKS, books, "encode"),
     ]
 
@@ -116,5 +120,11 @@ def _directory(model: str | Path) -> Path:
     return directory
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Of the parameters once they are loaded in dtype, and of the scales of int8 ones."""
+    sizes = [
+        parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
+        for parameter in module.parameters()
+    ]
+    scales = [buffer.nbytes for name, buffer in module.named_buffers() if name.endswith(SCALE)]
+    return sum(sizes) + sum(scales)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kelix_rt.config import EngineConfig, KelixConfig, QwenConfig, SanaConfig, TokenDecoderConfig
+from kelix_rt.config import (
+    EngineConfig,
+    KelixConfig,
+    QwenConfig,
+    SanaConfig,
+    TokenDecoderConfig,
+)
 from kelix_rt.engine import Engine
 from kelix_rt.errors import CapacityError, ConfigError
 from kelix_rt.loading import assemble, choose_device, choose_dtype
@@ -109,7 +115,10 @@ def release_engine(
 def random_engine(
     sizes: Sizes, device: torch.device, dtype: torch.dtype, options: EngineConfig | None = None
 ) -> Engine:
-    """An engine of these sizes. Raises CapacityError before anything is allocated."""
+    """An engine of these sizes. Raises CapacityError before anything is allocated.
+
+    int8 weights are made of floating ones, so at the start the memory has to hold those.
+    """
     from diffusers import AutoencoderDC
 
     options = options or EngineConfig()
@@ -131,6 +140,8 @@ def random_engine(
         language.head[: sizes.kelix.qwen_config.vocab_size] *= 1e-3
         shape = tokenizer.codebooks.shape
         tokenizer.set_codebooks(torch.randn(shape, device=device, dtype=dtype))
+    if options.quantization == "int8":
+        language.backbone.quantize()
     language.prepare()
     language.visual_tokenizer = tokenizer
     render = RenderStage(dit, Autoencoder.of(vae), options.max_condition_length)

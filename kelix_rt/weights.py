@@ -2,7 +2,9 @@
 
 A model describes its parameters as data: `{parameter: Source(names of stored tensors)}`. Fusions
 are concatenations in that table, never code. Everything that does not fit is an error that names
-the tensor; nothing is ever initialised in place of a missing one.
+the tensor; nothing is ever initialised in place of a missing one. An int8 matrix of the module with
+a buffer of its name and `_scale` is quantised as it is read, so that no more than one stored matrix
+is ever there in full.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from torch import nn
 
 from kelix_rt.checkpoint import Checkpoint, resolve
 from kelix_rt.errors import WeightError
+from kelix_rt.quantization import quantize_int8
 
 __all__ = ["Checkpoint", "LoadReport", "Source", "load_weights", "resolve", "split_weights"]
 
 _log = logging.getLogger(__name__)
+SCALE = "_scale"  # of an int8 matrix: its name and this
 OnTensor = Callable[[str, int], None]
 
 
@@ -58,6 +62,7 @@ class _Target:
     meta: torch.Tensor
     source: Source
     is_parameter: bool
+    is_quantized: bool
 
 
 def load_weights(
@@ -92,10 +97,10 @@ def load_weights(
     total = 0
     for target in targets:
         tensor = _read(target, checkpoint, prefix, torch.device(device), dtype)
-        _assign(module, target, tensor)
-        total += tensor.nbytes
+        size = _assign(module, target, tensor)
+        total += size
         if on_tensor is not None:
-            on_tensor(target.name, tensor.nbytes)
+            on_tensor(target.name, size)
     return _report(checkpoint, prefix, set(wanted), unused, total)
 
 
@@ -103,11 +108,13 @@ def split_weights(module: nn.Module, mapping: Mapping[str, Source]) -> dict[str,
     """The stored tensors that `load_weights` would make this module from: its inverse.
 
     Tensors are copies. A table of which the module uses only the first rows comes back as those
-    rows. Raises WeightError where the mapping and the module differ.
+    rows. Raises WeightError where the mapping and the module differ, and for int8 matrices.
     """
     found: dict[str, torch.Tensor] = {}
     for target in _targets(module, mapping):
         source, tensor = target.source, target.meta.detach()
+        if target.is_quantized:
+            raise WeightError(f"split_weights: {target.name} is int8; load it without quantization")
         if source.rows is not None and source.rows.indices(len(tensor))[0] != 0:
             raise WeightError(f"split_weights: {target.name} uses rows {source.rows} of its table")
         count = len(source.names)
@@ -153,7 +160,17 @@ def _targets(module: nn.Module, mapping: Mapping[str, Source]) -> list[_Target]:
             f"load_weights: the mapping and {type(module).__name__} differ: "
             f"tensors without source {uncovered}, sources without tensor {foreign}"
         )
-    return [_Target(n, state[n], source, n in parameters) for n, source in mapping.items()]
+    buffers = dict(module.named_buffers())
+    return [
+        _Target(
+            name,
+            state[name],
+            source,
+            name in parameters,
+            state[name].dtype == torch.int8 and name + SCALE in buffers,
+        )
+        for name, source in mapping.items()
+    ]
 
 
 def _read(
@@ -167,7 +184,8 @@ def _read(
     rows = target.source.rows
     shape = tuple(target.meta.shape)
     _check_shape(target, checkpoint, names, shape)
-    kind = dtype if target.meta.is_floating_point() else target.meta.dtype
+    floating = target.meta.is_floating_point() or target.is_quantized
+    kind = dtype if floating else target.meta.dtype
     tensor = torch.empty(shape, dtype=kind, device=device)
     flat, start = tensor.view(-1), 0
     for name in names:
@@ -207,13 +225,20 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _assign(module: nn.Module, target: _Target, tensor: torch.Tensor) -> None:
+def _assign(module: nn.Module, target: _Target, tensor: torch.Tensor) -> int:
+    """Puts a tensor in its place, quantised where the place is; the bytes it takes there."""
     path, _, leaf = target.name.rpartition(".")
     owner = module.get_submodule(path)
+    size = 0
+    if target.is_quantized:
+        tensor, scale = quantize_int8(tensor)
+        setattr(owner, leaf + SCALE, scale)
+        size = scale.nbytes
     if target.is_parameter:
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         setattr(owner, leaf, tensor)
+    return size + tensor.nbytes
 
 
 def _report(

@@ -9,6 +9,7 @@ import torch
 from kelix_rt.config import EngineConfig, KelixConfig, SanaConfig
 from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry
+from kelix_rt.quantization import TILE_GPU
 from kelix_rt.scheduler import MAX_RENDER_BATCH
 from kelix_rt.step_layout import block_rows, buckets, buffer_bytes
 
@@ -33,7 +34,11 @@ def language_workspaces(
     buffer = buffer_bytes(config.num_codes + 1, options.max_step_tokens, options.max_batch, pages)
     encode = f"workspace of encoding {side} x {side} pixels"
     graphs = MemoryEntry("decode graphs", _decode_graph_bytes(config, options, dtype), "generate")
+    tile = MemoryEntry(
+        "int8 tile of many rows", _tile_bytes(config, dtype), "generate", "transient"
+    )
     return [
+        *([tile] if options.quantization == "int8" else []),
         *([graphs] if options.cuda_graphs and not options.verify_head else []),
         MemoryEntry("step buffers", buffer, "generate"),
         MemoryEntry(encode, _encode_bytes(config, dtype), "encode", "transient"),
@@ -89,6 +94,14 @@ def _step_bytes(config: KelixConfig, options: EngineConfig, dtype: torch.dtype) 
     rows = max(options.max_step_tokens, options.max_batch)
     logits = block_rows(options.max_batch) * (qwen.vocab_size + qwen.codebook_size)
     return ALIVE * rows * _widest(config) * dtype.itemsize + logits * torch.float32.itemsize
+
+
+def _tile_bytes(config: KelixConfig, dtype: torch.dtype) -> int:
+    """Int8 weights made floating again, in float32 and then in dtype."""
+    qwen = config.qwen_config
+    heads = (qwen.num_heads + 2 * qwen.num_kv_heads) * qwen.head_dim
+    largest = qwen.embed_dim * max(2 * qwen.intermediate_dim, heads)
+    return min(TILE_GPU, largest) * (torch.float32.itemsize + dtype.itemsize)
 
 
 def _encode_bytes(config: KelixConfig, dtype: torch.dtype) -> int:

@@ -54,12 +54,16 @@ def test_it_is_small_and_of_this_world() -> None:
     assert bundled("kelix-huge") is None
 
 
-def test_it_answers_alike_in_float32_and_bfloat16(engine: Engine) -> None:
+def test_it_answers_alike_in_float32_bfloat16_and_int8(engine: Engine) -> None:
     asked, expected = prompts(engine)
     exact = texts(engine, asked)
-    rounded = texts(Engine.from_pretrained(BUNDLED, device="cpu", dtype="bfloat16"), asked)
-    agree = sum(a == b for a, b in zip(exact, rounded, strict=True)) / len(asked)
-    assert agree >= 0.95
+    for dtype, quantization in (("bfloat16", None), ("float32", "int8")):
+        other = Engine.from_pretrained(
+            BUNDLED, device="cpu", dtype=dtype, quantization=quantization
+        )
+        rounded = texts(other, asked)
+        agree = sum(a == b for a, b in zip(exact, rounded, strict=True)) / len(asked)
+        assert agree >= 0.95, (dtype, quantization)
     assert sum(a == b for a, b in zip(exact, expected, strict=True)) / len(asked) >= RIGHT
 
 

@@ -79,6 +79,23 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
   store_vector(to, raw);
 }
 
+__device__ __forceinline__ void widen(const int8_t* from, float (&to)[1]) { to[0] = *from; }
+
+// Four values in registers, exactly. A conversion instruction has a quarter of the rate: here a
+// byte, made unsigned, becomes the low bits of 2^23 as float32, and that is taken off again.
+__device__ __forceinline__ void widen(const int8_t* from, float (&to)[4]) {
+  uint32_t word;
+  memcpy(&word, from, 4);
+  const uint32_t shifted = word ^ 0x80808080u;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = 0x4b000000u | ((shifted >> (8 * i)) & 0xffu);
+    float value;
+    memcpy(&value, &bits, 4);
+    to[i] = value - 8388736.0f;  // 2^23 + 128
+  }
+}
+
 // Whether all pointers, of which some may be null, are aligned to 16 bytes.
 inline bool aligned_to_vectors(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 0;

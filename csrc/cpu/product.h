@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE4_1__)
 #include <immintrin.h>
 #endif
 
@@ -58,6 +58,27 @@ inline void load_lanes(const f16* from, Lanes& to) {
 #endif
 }
 
+inline void load_lanes(const int8_t* from, Lanes& to) {
+  // Intrinsics, as a conversion of vectors goes through single elements.
+#if defined(__AVX512F__)
+  const __m512i words =
+      _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m512 wide = _mm512_maskz_cvtepi32_ps(0xffff, words);
+#elif defined(__AVX2__)
+  const __m256i words =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m256 wide = _mm256_cvtepi32_ps(words);
+#elif defined(__SSE4_1__)
+  int32_t bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  const __m128 wide = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes)));
+#else
+  float wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = from[i];
+#endif
+  std::memcpy(&to, &wide, sizeof(to));
+}
+
 inline float sum_lanes(const Lanes& v) {
   // Halving: a chain of kLanes additions would cost as much as a short dot product.
 #if defined(__AVX512F__)
@@ -76,7 +97,7 @@ inline float sum_lanes(const Lanes& v) {
 }
 
 // weight [out, in], bias [out] or null; x [batch, in]; added [batch, out] or null, it may be y;
-// y [batch, out].
+// y [batch, out]. scale [out], of int8 weights, or null.
 template <class T>
 struct Linear {
   const T* weight;
@@ -85,6 +106,7 @@ struct Linear {
   const float* added;
   float* y;
   int64_t in, out, batch;
+  const float* scale = nullptr;
 };
 
 template <int kOutputs, int kRows, class T>
@@ -112,6 +134,7 @@ void linear_tile(const Linear<T>& a, int64_t output, int64_t row) {
       float sum = sum_lanes(sums[o][r]);
       for (int64_t t = i; t < a.in; ++t) sum += to_float(weight[o * a.in + t]) * x[r * a.in + t];
       const int64_t at = (row + r) * a.out + output + o;
+      if (a.scale != nullptr) sum *= a.scale[output + o];
       if (a.bias != nullptr) sum += to_float(a.bias[output + o]);
       if (a.added != nullptr) sum += a.added[at];
       a.y[at] = sum;

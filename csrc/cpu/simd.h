@@ -20,6 +20,7 @@ struct f16 {
 };
 
 [[maybe_unused]] inline float to_float(float v) { return v; }
+[[maybe_unused]] inline float to_float(int8_t v) { return v; }
 [[maybe_unused]] inline float to_float(f16 v) { return static_cast<float>(v.value); }
 [[maybe_unused]] inline float to_float(bf16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;

@@ -43,6 +43,8 @@ const char* dtype_text(ScalarType dtype) {
       return "int32";
     case ScalarType::Float8_e4m3fn:
       return "float8_e4m3fn";
+    case ScalarType::Char:
+      return "int8";
     default:
       return torch::headeronly::toString(dtype);
   }

@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY(kelix, m) {
 
   m.def("silu_mul(Tensor x) -> Tensor");
   m.def("skinny_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("skinny_linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 
   m.def(
       "rope_store_kv(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos_sin, "

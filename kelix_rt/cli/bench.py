@@ -39,6 +39,7 @@ def bench(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Time the stages of a drawing and of an answer on this machine, one request at a time."""
@@ -51,10 +52,21 @@ def bench(
         from kelix_rt.config import EngineConfig
         from kelix_rt.release import release_engine, release_workload
 
-        engine = release_engine(device, dtype, EngineConfig(kv_dtype=kv_dtype))
+        engine = release_engine(
+            device, dtype, EngineConfig(kv_dtype=kv_dtype, quantization=quantization)
+        )
         work = release_workload(engine, render)
     else:
-        engine = load_engine(model, dit, vae, device, dtype, kv_dtype=kv_dtype, drawing=True)
+        engine = load_engine(
+            model,
+            dit,
+            vae,
+            device,
+            dtype,
+            kv_dtype=kv_dtype,
+            quantization=quantization,
+            drawing=True,
+        )
         work = workload(engine, render)
     report = measure(engine, work, runs)
     name = Path(model).name if config == "checkpoint" else "released size, random weights"

@@ -51,12 +51,22 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask about text and images; the answer is printed as it is written."""
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed, max_blocks)
     messages = chat_messages(question, image or [], system)
-    engine = load_engine(model, None, None, device, dtype, kv_dtype=kv_dtype, drawing=False)
+    engine = load_engine(
+        model,
+        None,
+        None,
+        device,
+        dtype,
+        kv_dtype=kv_dtype,
+        quantization=quantization,
+        drawing=False,
+    )
     output, text = _answer(engine, messages, sampling, show=not as_json)
     if as_json:
         print_json(
@@ -135,6 +145,7 @@ def draw(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw an image of a description."""
@@ -142,7 +153,9 @@ def draw(
     width, height = options.read_size(size) or (None, None)
     render = RenderParams(height=height, width=width, steps=steps, cfg=cfg, seed=seed)
     sampling = SamplingParams(temperature, seed=seed) if temperature > 0 else None
-    engine = load_engine(model, dit, vae, device, dtype, kv_dtype=kv_dtype, drawing=True)
+    engine = load_engine(
+        model, dit, vae, device, dtype, kv_dtype=kv_dtype, quantization=quantization, drawing=True
+    )
     picture = follow_drawing(engine.stream(prompt, sampling, render=render))
     save_picture(picture, out, as_json)
 

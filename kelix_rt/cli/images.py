@@ -118,6 +118,7 @@ def reconstruct(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Encode an image and draw it again from its codes. --size is the size it is encoded at."""
@@ -127,7 +128,9 @@ def reconstruct(
     wanted = options.read_size(size)
     render = RenderParams(steps=steps, cfg=cfg, seed=seed)
     source = load_image(image)  # before a model is loaded
-    engine = load_engine(model, dit, vae, device, dtype, kv_dtype=kv_dtype, drawing=True)
+    engine = load_engine(
+        model, dit, vae, device, dtype, kv_dtype=kv_dtype, quantization=quantization, drawing=True
+    )
     codes = engine.encode_image(source, size=None if wanted is None else wanted[::-1])
     request = engine.add_reconstruction(codes, render=render)
     save_picture(follow_drawing(engine.collect(request)), out, as_json)

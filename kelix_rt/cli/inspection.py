@@ -23,6 +23,7 @@ def info(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
+    quantization: options.Quantization = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="The memory of a whole engine, and what runs at once.")
     ] = False,
@@ -41,7 +42,7 @@ def info(
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
         target, wanted = choose_device(device), choose_dtype(dtype)
-        chosen = EngineConfig(kv_dtype=kv_dtype).on_device(target.type)
+        chosen = EngineConfig(kv_dtype=kv_dtype, quantization=quantization).on_device(target.type)
         free = available_bytes(target)
         found["checkpoint"] = facts.checkpoint(
             checkpoint, options=chosen, dtype=wanted, free_bytes=free

@@ -28,6 +28,10 @@ KvDtype = Annotated[
     Literal["auto", "fp8"],
     typer.Option("--kv-dtype", help="Of the KV cache: auto is --dtype, fp8 half of bfloat16."),
 ]
+Quantization = Annotated[
+    Literal["int8"] | None,
+    typer.Option("--quantization", help="int8: the language model's matrices in a byte a weight."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes a run repeatable.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoise steps.")]

@@ -9,6 +9,7 @@ from kelix_rt.cli.output import byte_progress
 from kelix_rt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kelix_rt.config import Quantization
     from kelix_rt.engine import Engine
 
 # Lines of the memory ledger that the language model's loader reports as it goes.
@@ -31,6 +32,7 @@ def load_engine(
     dtype: str,
     *,
     kv_dtype: Literal["auto", "fp8"],
+    quantization: Quantization,
     drawing: bool,
 ) -> Engine:
     """An engine; with `drawing`, ConfigError before any weight is read if DiT or VAE are absent.
@@ -38,6 +40,7 @@ def load_engine(
     Without `drawing` the DiT is loaded too when it is given or lies in the model's directory.
     """
     from kelix_rt.checkpoint import resolve
+    from kelix_rt.config import EngineConfig
     from kelix_rt.engine import Engine
     from kelix_rt.loading import choose_dtype, find_drawing
     from kelix_rt.memory import plan
@@ -51,7 +54,10 @@ def load_engine(
         )
     dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
-    entries = [entry for path in sources for entry in plan(path, dtype=choose_dtype(dtype)).entries]
+    chosen = choose_dtype(dtype)
+    options = EngineConfig(kv_dtype=kv_dtype, quantization=quantization)
+    plans = [plan(path, options=options, dtype=chosen) for path in sources]
+    entries = [entry for ledger in plans for entry in ledger.entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
     with byte_progress() as bar:
         task = bar.add_task(f"loading {Path(model).name}", total=total)
@@ -62,5 +68,6 @@ def load_engine(
             device=device,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            quantization=quantization,
             on_tensor=lambda _, size: bar.advance(task, size),
         )

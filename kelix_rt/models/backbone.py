@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from kelix_rt import ops
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import InputError
-from kelix_rt.models.layers import add, add_and_norm, linear, needs_grad
+from kelix_rt.models.layers import (
+    Projection,
+    add,
+    add_and_norm,
+    linear,
+    needs_grad,
+    quantize_linears,
+)
 from kelix_rt.models.sequences import PackedLayout, PagedKV, StepContext
 from kelix_rt.ops.attention import normed_rotated
 from kelix_rt.weights import Source
@@ -42,8 +49,8 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         rows = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.sizes = tuple(heads * config.head_dim for heads in rows)
-        self.qkv = nn.Linear(config.embed_dim, sum(self.sizes), bias=False)
-        self.output = nn.Linear(self.sizes[0], config.embed_dim, bias=False)
+        self.qkv: Projection = nn.Linear(config.embed_dim, sum(self.sizes), bias=False)
+        self.output: Projection = nn.Linear(self.sizes[0], config.embed_dim, bias=False)
         # Each bias has its own flag in the config, so they cannot be one fused vector.
         self.biases = nn.ParameterDict(
             {
@@ -65,7 +72,7 @@ class Attention(nn.Module):
         mixed = ops.paged_attention(
             q, k, v, ctx.page_table, ctx.context_lens, ctx.query_start, self.head_dim**-0.5
         )
-        return linear(mixed.flatten(1), self.output.weight)
+        return linear(mixed.flatten(1), self.output)
 
     def dense(self, x: Tensor, layout: PackedLayout, cos_sin: Tensor) -> Tensor:
         """`forward` of whole sequences without a cache, differentiable. x: [T, D] normed."""
@@ -79,7 +86,7 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(0, 1)[layout.places].flatten(1))
 
     def _project(self, x: Tensor) -> Tensor:
-        qkv = linear(x, self.qkv.weight)
+        qkv = linear(x, self.qkv)
         if not self.biases:
             return qkv
         parts = [
@@ -98,12 +105,12 @@ class DecoderLayer(nn.Module):
         self.sa_norm = nn.Parameter(torch.empty(width))
         self.attention = Attention(config)
         self.mlp_norm = nn.Parameter(torch.empty(width))
-        self.gate_up = nn.Linear(width, 2 * ffn, bias=False)
-        self.down = nn.Linear(ffn, width, bias=False)
+        self.gate_up: Projection = nn.Linear(width, 2 * ffn, bias=False)
+        self.down: Projection = nn.Linear(ffn, width, bias=False)
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU feed-forward, [T, D] -> [T, D]."""
-        return linear(ops.silu_mul(linear(x, self.gate_up.weight)), self.down.weight)
+        return linear(ops.silu_mul(linear(x, self.gate_up)), self.down)
 
 
 class Backbone(nn.Module):
@@ -117,6 +124,10 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.empty(config.embed_dim))
         self.register_buffer("cos_sin", torch.empty(0), persistent=False)
+
+    def quantize(self) -> None:
+        """Turns the matrices of all layers into int8 (`Int8Linear`), on the meta device too."""
+        quantize_linears(self)
 
     def prepare(self, device: torch.device | str) -> None:
         """Computes the RoPE table; call once, after the weights are loaded."""

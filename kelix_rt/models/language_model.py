@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kelix_rt import ops
-from kelix_rt.config import KelixConfig, read_config
+from kelix_rt.config import KelixConfig, Quantization, read_config
 from kelix_rt.errors import ConfigError
 from kelix_rt.models.backbone import Backbone, PagedKV, StepContext
 from kelix_rt.models.block_decoder import BlockDecoder, block_decoder_sizes
@@ -50,10 +50,12 @@ class KelixLM(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         on_tensor: OnTensor | None = None,
+        quantization: Quantization = None,
     ) -> KelixLM:
         """Loads a checkpoint directory, and its visual tokenizer when it holds one.
 
         dtype: None keeps the checkpoint's own. on_tensor: called with (name, bytes) per tensor.
+        quantization: "int8" quantises the backbone's matrices one by one as they are read.
         Raises ConfigError or WeightError.
         """
         config = read_config(path)
@@ -62,6 +64,8 @@ class KelixLM(nn.Module):
         checkpoint = Checkpoint(path)
         with torch.device("meta"):
             model = cls(config)
+            if quantization == "int8":
+                model.backbone.quantize()
         load_weights(
             model,
             checkpoint,

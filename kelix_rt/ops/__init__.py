@@ -41,7 +41,12 @@ from kelix_rt.ops.diffusion import (
     relu_linear_attention,
     relu_linear_attention_ref,
 )
-from kelix_rt.ops.linear import skinny_linear, skinny_linear_ref
+from kelix_rt.ops.linear import (
+    skinny_linear,
+    skinny_linear_int8,
+    skinny_linear_int8_ref,
+    skinny_linear_ref,
+)
 from kelix_rt.ops.norm import (
     add_rms_norm,
     add_rms_norm_ref,
@@ -87,6 +92,8 @@ __all__ = [
     "silu_mul",
     "silu_mul_ref",
     "skinny_linear",
+    "skinny_linear_int8",
+    "skinny_linear_int8_ref",
     "skinny_linear_ref",
     "tune_nearest_codes",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from kelix_rt import ops
 from kelix_rt.ops._codes_forms import forms_for
+from kelix_rt.quantization import quantize_int8
 from kelix_rt.testing import randn
 
 
@@ -21,6 +22,9 @@ def norms(device: str) -> None:
     ops.layer_norm(x, weight, weight)
     ops.silu_mul(randn(5, 78, device=device))
     ops.skinny_linear(randn(5, 78, device=device), randn(9, 78, device=device))
+    for rows, inputs in ((1, 78), (3, 528), (11, 528)):  # single weights and words of them
+        codes_, scale = quantize_int8(randn(9, inputs, device=device))
+        ops.skinny_linear_int8(randn(rows, inputs, device=device), codes_, scale)
 
 
 def attention(device: str) -> None:
