@@ -1,3 +1,4 @@
+#include "common/ceil_div.h"
 #include "kernels/block_decoder.cuh"
 #include "kernels/block_decoder.h"
 #include "kernels/block_decoder_resident.h"

@@ -1,3 +1,4 @@
+#include "common/ceil_div.h"
 #include "kernels/diffusion.h"
 #include "kernels/linear_attention.cuh"
 #include "kernels/linear_attention_output_bf16.cuh"

@@ -1,3 +1,4 @@
+#include "common/ceil_div.h"
 #include "common/vector.cuh"
 #include "kernels/attention.h"
 #include "kernels/rope.cuh"
