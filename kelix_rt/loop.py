@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from kelix_rt.stats import EngineStats
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from kelix_rt.block_steps import Flight
     from kelix_rt.config import KelixConfig
     from kelix_rt.offload import Offloaded
     from kelix_rt.runner import Runner
@@ -48,6 +50,7 @@ class Loop:
         self._requests: dict[int, Sequence] = {}
         self._mail: dict[int, deque[Event]] = {}  # of calls that wait for a request
         self._unread: deque[Event] = deque()
+        self._flight: Flight | None = None  # a block step under way, launched ahead
         self.counts = EngineStats()
 
     @property
@@ -88,7 +91,9 @@ class Loop:
         if sequence is None:
             return None
         sequence.finish_reason = "abort"
-        return self._finish(sequence)
+        output = self._finish(sequence)
+        self._forget_flight()
+        return output
 
     def discard(self, request_ids: Items[int]) -> None:
         """Aborts those of the requests that run, and drops the events nobody will read."""
@@ -154,24 +159,51 @@ class Loop:
         self._mail.get(event.request_id, self._unread).append(event)
 
     def _step(self) -> bool:
-        """Runs one step; whether there was one to run."""
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return False
-        try:
-            self._run(plan)
-        except Exception as error:
-            self._fail_all(plan, error)
-        except BaseException as error:
-            self._fail_all(plan, KelixError(f"the step was interrupted: {error!r}"))
-            raise
+        """Runs one step; whether there was one to run.
+
+        Of a block step the blocks are read only after the next step was launched, where that can
+        be planned without them; that one is then under way when this returns.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return False
+            with self._failing(plan):
+                flight = self._start(plan)
+            if flight is None:
+                return True
+        ahead = self.scheduler.schedule_ahead(flight.plan) if self.runner.overlaps else None
+        with self._failing(ahead):
+            try:
+                if ahead is not None:
+                    self._flight = self._start(ahead, after=flight)
+            finally:
+                with self._failing(flight.plan):
+                    self._land(flight)
+                self._forget_flight()
         return True
 
-    def _run(self, plan: StepPlan) -> None:
+    @contextmanager
+    def _failing(self, plan: StepPlan | None) -> Iterator[None]:
+        """An exception inside fails the requests of the plan; an interrupt is raised too."""
+        sequences = () if plan is None else plan.sequences
+        try:
+            yield
+        except Exception as error:
+            self._fail_all(sequences, error)
+        except BaseException as error:
+            self._fail_all(sequences, KelixError(f"the step was interrupted: {error!r}"))
+            raise
+
+    def _start(self, plan: StepPlan, after: Flight | None = None) -> Flight | None:
+        """Launches a block step, which is then under way; runs one of another kind."""
         if isinstance(plan, BlockPlan):
+            flight = self.runner.blocks.launch(plan, after)
             self.counts.block_steps += 1
-            self._run_blocks(plan)
-        elif isinstance(plan, RenderPlan):
+            self.counts.steps_ahead += after is not None
+            return flight
+        if isinstance(plan, RenderPlan):
             self.counts.render_steps += 1
             self._run_render(plan)
         elif isinstance(plan, PicturePlan):
@@ -179,6 +211,7 @@ class Loop:
         else:
             self.counts.encode_steps += 1
             self._run_encode(plan)
+        return None
 
     def _run_encode(self, plan: EncodePlan) -> None:
         for sequence in plan.sequences:
@@ -186,20 +219,23 @@ class Loop:
                 sequence.place_image(ids)
                 self.scheduler.encoded(sequence)
 
-    def _run_blocks(self, plan: BlockPlan) -> None:
-        drawn = self.runner.run_blocks(plan)
+    def _land(self, flight: Flight) -> None:
+        """Reads a block step and books it; requests that ended while it was under way get none."""
+        drawn = self.runner.blocks.read(flight)
+        drawn = [(span, blocks) for span, blocks in drawn if not span.sequence.image_closed]
+        self.counts.blocks_dropped += len(flight.drawn) - len(drawn)
         for span, blocks in drawn:
             for block in blocks[:-1]:
                 self._append(span.sequence, block)
             self._count_drafts(span, accepted=len(blocks) - 1)
             if (blocks[-1] < 0).any():
                 self._fail(span.sequence, _not_finite(span.sequence))
-        self.scheduler.advance(plan)
+        self.scheduler.advance(flight.plan)
         for span, blocks in drawn:
-            if span.sequence.request_id in self._requests:
+            if span.sequence.runs:
                 self._append(span.sequence, blocks[-1])
-        for sequence in plan.sequences:
-            if sequence.finish_reason is None or sequence.request_id not in self._requests:
+        for sequence in flight.plan.sequences:
+            if sequence.finish_reason is None or not sequence.runs:
                 continue
             sequence.blocks_done = time.perf_counter()
             if sequence.draws:
@@ -270,8 +306,8 @@ class Loop:
         self._remove(sequence)
         self._emit(RequestFailed(sequence.request_id, error))
 
-    def _fail_all(self, plan: StepPlan, error: Exception) -> None:
-        for sequence in plan.sequences:
+    def _fail_all(self, sequences: Items[Sequence], error: Exception) -> None:
+        for sequence in sequences:
             if sequence.request_id in self._requests:
                 self._fail(sequence, error)
 
@@ -279,6 +315,13 @@ class Loop:
         del self._requests[sequence.request_id]
         self.scheduler.remove(sequence)
         self.runner.drop_render(sequence)
+
+    def _forget_flight(self) -> None:
+        """Drops the step under way once nobody is left to read it."""
+        flight = self._flight
+        if flight is not None and not any(one.runs for one in flight.plan.sequences):
+            self.counts.blocks_dropped += len(flight.drawn)
+            self._flight = None
 
 
 def _not_finite(sequence: Sequence) -> KelixError:

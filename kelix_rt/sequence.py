@@ -95,6 +95,11 @@ class Sequence:
         return self.length - self.prompt_length
 
     @property
+    def runs(self) -> bool:
+        """Whether it is in the block stage and holds pages; not once it has ended."""
+        return self.handle is not None
+
+    @property
     def draws(self) -> bool:
         """Whether an image is rendered from the generated blocks."""
         return self.render is not None
