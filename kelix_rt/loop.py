@@ -181,7 +181,6 @@ class Loop:
             finally:
                 with self._failing(flight.plan):
                     self._land(flight)
-                self._forget_flight()
         return True
 
     @contextmanager
@@ -242,6 +241,7 @@ class Loop:
                 self._start_render(sequence)
             else:
                 self._finish(sequence)
+        self._forget_flight()
 
     def _append(self, sequence: Sequence, block: np.ndarray) -> None:
         sequence.append(block)
@@ -310,6 +310,7 @@ class Loop:
         for sequence in sequences:
             if sequence.request_id in self._requests:
                 self._fail(sequence, error)
+        self._forget_flight()
 
     def _remove(self, sequence: Sequence) -> None:
         del self._requests[sequence.request_id]

@@ -9,13 +9,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import TypeAlias
 
+import pytest
 import torch
 from torch import Tensor
 
-Work = Callable[[], object]
+from kelix_rt import Engine
+from kelix_rt.config import EngineConfig
+from kelix_rt.device_queue import DeviceQueue
+
+Work: TypeAlias = Callable[[], object]
+Load: TypeAlias = "Callable[..., tuple[Engine, LateQueue]]"
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch, queue: DeviceQueue) -> None:
+    """Engines on the CPU overlap, too, over this device; their graphs are recorded by hand."""
+    patch.setattr(EngineConfig, "on_device", lambda self, _: replace(self, cuda_graphs=False))
+    patch.setattr("kelix_rt.runner.device_queue", lambda _: queue)
 
 
 class LateQueue:
@@ -27,6 +41,8 @@ class LateQueue:
     def __init__(self) -> None:
         self._work: deque[Work] = deque()
         self.taken = self.done = 0
+        self._broken = 0  # what was taken up to here is lost: an error came in front of it
+        self._error: Exception | None = None
 
     def run(self, work: Work) -> None:
         self._work.append(work)
@@ -39,9 +55,16 @@ class LateQueue:
         return torch.zeros(shape, dtype=dtype)
 
     def reach(self, place: int) -> None:
-        while self.done < place:
-            self.done += 1
-            self._work.popleft()()
+        try:
+            while self.done < place:
+                self.done += 1
+                self._work.popleft()()
+        except Exception as error:
+            self._work.clear()
+            self._broken = self.done = self.taken
+            self._error = error
+        if place <= self._broken and self._error is not None:
+            raise self._error
 
 
 class LateMark:
