@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from kelix_rt.plans import RenderPlan
 from kelix_rt.sequence import Sequence
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
+from kelix_rt.stages.render import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +50,7 @@ class Runner:
         self.dtype = parameter.dtype
         qwen = model.config.qwen_config
         self.kv = PagedKV.allocate(qwen, pool.num_pages, pool.page_size, self.device, self.dtype)
-        queue = device_queue(self.device)
+        queue = self._queue = device_queue(self.device)
         self.buffer = StepBuffer(
             pool,
             max_tokens=options.max_step_tokens,
@@ -149,8 +150,8 @@ class Runner:
         """
         stage = self.encode_stage()
         found: list[np.ndarray] = []
-        for pixels, grid in sequence.images:
-            codes, encoded = stage.cached_codes(pixels, grid)
+        for pixels, grid, key in sequence.images:
+            codes, encoded = stage.cached_codes(pixels, grid, key)
             found.append(stage.ids(codes).cpu().numpy())
             if encoded:
                 break
@@ -199,9 +200,18 @@ class Runner:
         states = [(sequence, sequence.render_state) for sequence in plan.sequences]
         return [(sequence, (state.index, state.steps)) for sequence, state in states]
 
-    def finish_render(self, sequence: Sequence) -> Image:
-        """The picture of a request whose steps are all taken."""
-        return self.render_stage().finish(sequence.render_state)
+    def start_picture(self, sequence: Sequence) -> Callable[[], Image]:
+        """Decodes a drawing whose steps are all taken; what is left to do on any thread."""
+        pixels = self.render_stage().pixels(sequence.render_state)
+        host = self._queue.host_zeros(*pixels.shape, dtype=pixels.dtype)
+        self._queue.run(lambda: host.copy_(pixels, non_blocking=True))
+        copied = self._queue.mark()
+
+        def picture() -> Image:
+            copied.wait()
+            return to_picture(host)
+
+        return picture
 
     def drop_render(self, sequence: Sequence) -> None:
         """Lets go of the render state of a request that has ended in whatever way."""

@@ -96,11 +96,11 @@ class Scheduler:
                 return plan
         return None
 
-    def schedule_ahead(self, under_way: BlockPlan) -> BlockPlan | RenderPlan | None:
+    def schedule_ahead(self, under_way: BlockPlan) -> BlockPlan | RenderPlan | PicturePlan | None:
         """The step after a block step whose blocks are not read yet; None where it has to wait.
 
-        Kinds of work take turns as in `schedule`. Images and pictures wait: their steps end with a
-        read, which would hold the blocks up.
+        Kinds of work take turns as in `schedule`. Images wait: their step ends with a read, which
+        would hold the blocks up.
         """
         for turn in range(1, len(self._planners) + 1):
             planner = self._planners[turn % len(self._planners)]
@@ -111,7 +111,7 @@ class Scheduler:
                     return None
             else:
                 plan = planner()
-            if isinstance(plan, EncodePlan | PicturePlan):
+            if isinstance(plan, EncodePlan):
                 return None
             if plan is not None:
                 self._planners.rotate(-turn)

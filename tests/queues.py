@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from typing import TypeAlias
 
 import pytest
@@ -43,6 +43,7 @@ class LateQueue:
         self.taken = self.done = 0
         self._broken = 0  # what was taken up to here is lost: an error came in front of it
         self._error: Exception | None = None
+        self._lock = RLock()  # pictures are waited for by another thread
 
     def run(self, work: Work) -> None:
         self._work.append(work)
@@ -55,6 +56,10 @@ class LateQueue:
         return torch.zeros(shape, dtype=dtype)
 
     def reach(self, place: int) -> None:
+        with self._lock:
+            self._reach(place)
+
+    def _reach(self, place: int) -> None:
         try:
             while self.done < place:
                 self.done += 1

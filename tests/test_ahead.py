@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kelix_rt.plans import BlockPlan, RenderPlan
+from kelix_rt.plans import BlockPlan, PicturePlan, RenderPlan
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import Sequence
 from tests.scheduler_helpers import PAGE, Guesses, make_scheduler, make_sequence, run_blocks
@@ -154,9 +154,9 @@ def test_kinds_of_work_take_turns() -> None:
     plan = scheduler.schedule()
     assert isinstance(plan, BlockPlan), "after the drawing's turn comes that of the blocks"
     scheduler.finish_render(drawing)
-    assert scheduler.schedule_ahead(plan) is None, "a picture is read, which would hold blocks up"
-    run_blocks(scheduler, plan)
-    assert scheduler.schedule().sequences == (drawing,)
+    ahead = scheduler.schedule_ahead(plan)
+    assert isinstance(ahead, PicturePlan)
+    assert ahead.sequences == (drawing,)
 
 
 def test_an_image_to_encode_has_its_turn() -> None:
