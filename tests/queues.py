@@ -84,7 +84,10 @@ class LateMark:
 
 
 class ThreadQueue:
-    """A thread that works in order; an error of its work is raised by the next wait."""
+    """A thread that works in order; an error of its work is raised by the next wait.
+
+    starved: how often it found nothing to do.
+    """
 
     device = torch.device("cpu")
     shares_memory = False
@@ -92,11 +95,16 @@ class ThreadQueue:
     def __init__(self) -> None:
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self.error: BaseException | None = None
+        self.starved = 0
         self._thread = Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
+        while True:
+            self.starved += self._work.empty()
+            work = self._work.get()
+            if work is None:
+                return
             try:
                 work()
             except BaseException as error:

@@ -21,7 +21,7 @@ from kelix_rt import (
     RequestFailed,
     SamplingParams,
 )
-from kelix_rt.assets import BUNDLED, SCENE
+from kelix_rt.assets import BUNDLED
 from tests.engine_helpers import assert_idle, fixtures, load_engine
 from tests.queues import Load
 

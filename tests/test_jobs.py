@@ -21,7 +21,7 @@ def drain(jobs: Jobs) -> list[object]:
 
 
 @pytest.mark.parametrize("make", [Jobs.at_once, Jobs.on_a_thread])
-def test_jobs_come_back_in_order_with_their_errors(make) -> None:  # noqa: ANN001
+def test_jobs_come_back_in_order_with_their_errors(make) -> None:
     jobs = make()
     jobs.start(1, lambda: "one", print)
     jobs.start(2, lambda: 1 // 0, print)
