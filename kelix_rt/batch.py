@@ -16,6 +16,8 @@ from kelix_rt.step_layout import aligned_bytes, buffer_bytes, sections
 
 if TYPE_CHECKING:
     from kelix_rt._host import PagePool
+    from kelix_rt.block_steps import Flight
+    from kelix_rt.device_queue import DeviceQueue, Mark
 
 MAX_LAYOUTS = 256
 _DTYPES: dict[type, torch.dtype] = {
@@ -27,11 +29,15 @@ _DTYPES: dict[type, torch.dtype] = {
 
 @dataclass(frozen=True)
 class _Layout:
-    """Views of one combination of sizes: numpy on the host buffer, torch on the device buffer."""
+    """Views of one combination of sizes: numpy on the host buffer, torch on the device buffer.
+
+    carried: int64 [2, spans], rows of the step in front and the rows of `batch.ids` they become.
+    """
 
     used: int
     host: dict[str, np.ndarray]
     batch: BlockBatch
+    carried: Tensor
 
 
 class StepBuffer:
@@ -49,7 +55,7 @@ class StepBuffer:
         max_tokens: int,
         max_batch: int,
         max_positions: int,
-        device: torch.device,
+        queue: DeviceQueue,
     ) -> None:
         self.pool = pool
         self.width = pool.row_width
@@ -57,10 +63,11 @@ class StepBuffer:
         capacity = buffer_bytes(self.width, max_tokens, max_batch, pages)
         self.max_rows = min(max_batch, max_tokens)
         self._pages = min(pages, pool.num_pages)
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned)
-        self._device = self._host if not pinned else torch.zeros_like(self._host, device=device)
-        self._copied = torch.cuda.Event() if pinned else None
+        self._queue = queue
+        self._host = queue.host_zeros(capacity, dtype=torch.uint8)
+        shared = queue.shares_memory
+        self._device = self._host if shared else torch.zeros_like(self._host, device=queue.device)
+        self._copied: Mark | None = None
         self._layouts: dict[tuple[int, ...], _Layout] = {}
 
     @property
@@ -69,14 +76,14 @@ class StepBuffer:
         return self._device.numel()
 
     def pack(
-        self, plan: BlockPlan, padded: int | None = None
+        self, plan: BlockPlan, padded: int | None = None, after: Flight | None = None
     ) -> tuple[BlockBatch, list[Span], list[tuple[Span, int]]]:
         """The batch of a plan, the spans in the order of its block rows, and what is kept.
 
         A span has `num_blocks` block rows, one after another. The last value pairs spans with
         their number of kept hidden rows, in order. padded: for a plan of one row per request, the
         number of rows, requests, blocks and kept rows that the batch has in any case, the plan's
-        own coming first.
+        own coming first. after: the step that draws the plan's unread rows.
         """
         self._wait()
         spans = plan.spans
@@ -96,7 +103,10 @@ class StepBuffer:
         else:
             layout = self._padding(padded, len(spans))
         self._fill(layout.host, spans, drawn, keeps)
+        carried = self._fill_carried(layout.host, spans, after)
         self._upload(layout)
+        if after is not None and carried:
+            self._carry(layout, carried, after)
         kept_spans = [(span, len(keep)) for span, keep in zip(spans, keeps, strict=True) if keep]
         return layout.batch, drawn, kept_spans
 
@@ -113,13 +123,25 @@ class StepBuffer:
     def _wait(self) -> None:
         """Until the copy of the step before has left the host buffer."""
         if self._copied is not None:
-            self._copied.synchronize()
+            self._copied.wait()
 
     def _upload(self, layout: _Layout) -> None:
-        if self._copied is not None:
-            used = slice(0, layout.used)
-            self._device[used].copy_(self._host[used], non_blocking=True)
-            self._copied.record()
+        if self._queue.shares_memory:
+            return
+        target, source = self._device[: layout.used], self._host[: layout.used]
+        self._queue.run(lambda: target.copy_(source, non_blocking=True))
+        self._copied = self._queue.mark()
+
+    def _carry(self, layout: _Layout, count: int, after: Flight) -> None:
+        """Copies rows that the step in front draws into the batch, on the device."""
+        ids, source, target = (layout.batch.ids, *layout.carried[:, :count])
+
+        def work() -> None:
+            # Of logits that were not numbers come ids of -1; nobody will look at what follows them.
+            rows = after.blocks.index_select(0, source).clamp_(min=0)
+            ids.index_copy_(0, target, rows)
+
+        self._queue.run(work)
 
     def _padding(self, rows: int, used: int) -> _Layout:
         """The layout of a padded batch, all rows but the first `used` doing nothing."""
@@ -143,7 +165,7 @@ class StepBuffer:
         row = kept = 0
         for index, (span, keep) in enumerate(zip(spans, keeps, strict=True)):
             end, stop = row + span.count, span.end
-            ids[row:end] = span.sequence.rows[span.start : stop]
+            ids[row:end] = 0 if span.unread else span.sequence.rows[span.start : stop]
             positions[row:end] = span.start if span.count == 1 else np.arange(span.start, stop)
             query_start[index] = row
             context_lens[index] = stop
@@ -169,8 +191,20 @@ class StepBuffer:
             host["block_rows"][part] = row_after[span] - span.num_blocks + behind
             host["params"][part] = sequence.table
             host["seeds"][part] = sequence.seed
-            host["steps"][part] = sequence.generated + behind
+            first_step = span.end - span.drafts - sequence.prompt_length
+            host["steps"][part] = first_step + behind
             first = part.stop
+
+    def _fill_carried(
+        self, host: dict[str, np.ndarray], spans: tuple[Span, ...], after: Flight | None
+    ) -> int:
+        """Notes which rows of the step in front become which rows of the batch; how many."""
+        unread = [(i, span.sequence) for i, span in enumerate(spans) if span.unread]
+        if after is not None and unread:
+            targets, sequences = zip(*unread, strict=True)
+            host["carried"][0, : len(unread)] = [after.row_of(one) for one in sequences]
+            host["carried"][1, : len(unread)] = host["query_start"][list(targets)]
+        return len(unread)
 
     def _layout(self, *key: int) -> _Layout:
         found = self._layouts.get(key)
@@ -204,6 +238,6 @@ class StepBuffer:
             keep_rows=device["keep_rows"],
             num_ancestral=key[5],
         )
-        layout = _Layout(offset, host, batch)
+        layout = _Layout(offset, host, batch, device["carried"])
         self._layouts[key] = layout
         return layout

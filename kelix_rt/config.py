@@ -119,8 +119,11 @@ class EngineConfig(JsonConfig):
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
     image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
-    has no effect without a GPU. quantization: "int8" keeps the matrices of the language model's
-    layers as int8 with a float32 scale per row, whatever the dtype; None keeps them in it.
+    has no effect without a GPU. overlap: launch a block step before the blocks of the one in front
+    are read, where they cannot change its plan, so the host works while the GPU does; changes no
+    output. Has no effect without a GPU, and none with verify_head. quantization:
+    "int8" keeps the matrices of the language model's layers as int8 with a float32 scale per row,
+    whatever the dtype; None keeps them in it.
     """
 
     max_batch: int = 32
@@ -140,6 +143,7 @@ class EngineConfig(JsonConfig):
     max_condition_length: int = 720
     codes_mode: Literal["exact", "reference"] = "exact"
     cuda_graphs: bool = True
+    overlap: bool = True
     quantization: Quantization = None
 
     def __post_init__(self) -> None:
@@ -161,7 +165,7 @@ class EngineConfig(JsonConfig):
 
     def on_device(self, kind: str) -> EngineConfig:
         """The same without what a device of this kind ("cuda", "cpu") does not have."""
-        return self if kind == "cuda" else replace(self, cuda_graphs=False)
+        return self if kind == "cuda" else replace(self, cuda_graphs=False, overlap=False)
 
 
 ModelConfig = KelixConfig | TokenizerConfig | SanaConfig | dict[str, Any]

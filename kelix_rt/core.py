@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from kelix_rt.calls import Calls
 from kelix_rt.errors import InputError
 from kelix_rt.intake import (
     derive_seed,
@@ -17,7 +20,6 @@ from kelix_rt.intake import (
     patch_tensors,
     prompt_rows,
 )
-from kelix_rt.loop import Loop
 from kelix_rt.request import GREEDY_DRAWING, Prompt, RenderParams, SamplingParams
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import EndRules, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from kelix_rt.runner import Runner
 
 
-class EngineCore(Loop):
+class EngineCore(Calls):
     """The engine for embedders: add_request, step, abort."""
 
     def __init__(
@@ -59,6 +61,38 @@ class EngineCore(Loop):
         request that cannot be served, ConfigError for one that needs a part that is not loaded;
         nothing is queued then.
         """
+        number = self._counter
+        sequence = self._build(number, prompt, sampling, render, return_hidden)
+        self._counter += 1
+        return self.submit(sequence)
+
+    def _add_later(self, make: Callable[[], Prompt], sampling: SamplingParams | None) -> int:
+        """Queues a request whose prompt is a job, and returns its number.
+
+        Whatever add_request would raise of the prompt is the error of its RequestFailed.
+        """
+        _check_type("sampling", sampling, SamplingParams)
+        _ = self.runner  # refuses while it sleeps; with a job unfinished it stays awake
+        number, begin = self._counter, time.perf_counter()
+        self._counter += 1
+
+        def built() -> Sequence:
+            sequence = self._build(number, make(), sampling, None, False)
+            sequence.created = begin
+            return sequence
+
+        self._jobs.start(number, built, self.submit)
+        return number
+
+    def _build(
+        self,
+        number: int,
+        prompt: Prompt | Items[int] | np.ndarray | Tensor,
+        sampling: SamplingParams | None,
+        render: RenderParams | None,
+        return_hidden: bool,
+    ) -> Sequence:
+        """The checked request; changes nothing."""
         _check_type("sampling", sampling, SamplingParams)
         _check_type("render", render, RenderParams)
         prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
@@ -66,8 +100,6 @@ class EngineCore(Loop):
             self.runner.render_stage().latent_shape(render)
             prompt = drawing_prompt(prompt, self.config)
         rows, placed = prompt_rows(prompt, self.config, self.runner.model.expand)
-        if prompt.pixel_values is not None:
-            self.runner.encode_stage()
         sampling = sampling or (SamplingParams() if render is None else GREEDY_DRAWING)
         ends = end_rules(
             len(rows),
@@ -79,11 +111,13 @@ class EngineCore(Loop):
             max_condition_length=self.options.max_condition_length,
         )
         hidden_from = 0 if return_hidden else None if render is None else len(rows) - 1
-        sequence = self._sequence(rows, sampling, ends, hidden_from, render)
+        sequence = self._sequence(number, rows, sampling, ends, hidden_from, render)
         sequence.placed = placed
         if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
-            sequence.images.extend(split_images(prompt.pixel_values, prompt.image_grid_thw))
-        return self.submit(sequence)
+            key = self.runner.encode_stage().key
+            for image in split_images(prompt.pixel_values, prompt.image_grid_thw):
+                sequence.images.append((*image, key(*image)))
+        return sequence
 
     def add_forced_image(self, prompt: Any, blocks: np.ndarray, render: RenderParams) -> int:
         """Queues the drawing of an image whose blocks [n, N+1] are known, see
@@ -100,20 +134,21 @@ class EngineCore(Loop):
                 f"for {longest - 1}; encode it at a smaller size"
             )
         ends = EndRules(frozenset(), len(blocks), self.config.qwen_config.vision_end_token_id)
-        sequence = self._sequence(rows, GREEDY_DRAWING, ends, len(rows) - 1, render)
+        number = self._counter
+        self._counter += 1
+        sequence = self._sequence(number, rows, GREEDY_DRAWING, ends, len(rows) - 1, render)
         sequence.force(blocks)
         return self.submit(sequence)
 
     def _sequence(
         self,
+        number: int,
         rows: np.ndarray,
         sampling: SamplingParams,
         ends: EndRules,
         hidden_from: int | None,
         render: RenderParams | None,
     ) -> Sequence:
-        number = self._counter
-        self._counter += 1
         seed = derive_seed(self.options.seed, number) if sampling.seed is None else sampling.seed
         if render is not None and render.seed is None:
             render = replace(render, seed=derive_seed(seed, 0))

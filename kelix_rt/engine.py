@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kelix_rt.errors import InputError
+from kelix_rt.errors import CapacityError, ConfigError, InputError
 from kelix_rt.intake import reported_rows
 from kelix_rt.loaded import LoadedEngine
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers
@@ -88,8 +88,7 @@ class Engine(LoadedEngine):
 
         Raises InputError for messages that cannot be used, ConfigError without a tokenizer.
         """
-        prompt = self.chat_prompt(messages)
-        output = self._run_one(self.add_request(prompt, sampling))
+        output = self._run_one(self.add_chat(messages, sampling))
         return ChatOutput(
             self._reply_text(output.blocks),
             output.blocks,
@@ -97,6 +96,16 @@ class Engine(LoadedEngine):
             output.finish_reason,
             output.timings,
         )
+
+    def add_chat(self, messages: Messages, sampling: SamplingParams | None = None) -> int:
+        """Queues the answer to messages, as `chat` takes them, and returns the request's number.
+
+        On a GPU their pictures are read and resized beside the steps of other requests. Messages
+        that cannot be used fail their request alone: what `chat` raises is in its RequestFailed.
+        Raises ConfigError without a tokenizer.
+        """
+        _ = self.processor  # what it is made of is loaded here
+        return self._add_later(partial(self.chat_prompt, messages), sampling)
 
     def chat_prompt(self, messages: Messages) -> Prompt:
         """The prompt `chat` runs, for add_request and stream."""
@@ -206,17 +215,25 @@ class Engine(LoadedEngine):
         RequestFailed. Input errors are raised by the first next().
         """
         if render is not None:
-            request = self.drawing_prompt(prompt)  # type: ignore[arg-type]
+            number = self.add_request(
+                self.drawing_prompt(prompt),  # type: ignore[arg-type]
+                sampling,
+                render=render,
+            )
         elif isinstance(prompt, str):
-            request = self.chat_prompt([{"role": "user", "content": prompt}])
+            number = self.add_chat([{"role": "user", "content": prompt}], sampling)
         elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            request = self.chat_prompt(prompt)
+            number = self.add_chat(prompt, sampling)
         else:
-            request = prompt  # type: ignore[assignment]
+            number = self.add_request(prompt, sampling)  # type: ignore[arg-type]
         reply = None
         if render is None and self.has_text:
             reply = ReplyText(self.text, self.config.qwen_config)
-        for event in self.collect(self.add_request(request, sampling, render=render)):
+        begun = False
+        for event in self.collect(number):
+            if not begun and isinstance(event, RequestFailed):
+                _raise_of_input(event.error)
+            begun = True
             piece = ""
             if reply is not None and isinstance(event, BlockEvent):
                 piece = reply.push(event.ids[0])
@@ -272,3 +289,8 @@ class Engine(LoadedEngine):
         if isinstance(event, RequestFailed):
             raise event.error
         return event.output
+
+
+def _raise_of_input(error: Exception) -> None:
+    if isinstance(error, InputError | CapacityError | ConfigError):
+        raise error

@@ -6,18 +6,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kelix_rt.errors import AsleepError, KelixError
-from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
+from kelix_rt.jobs import Jobs
+from kelix_rt.outcome import aborted_output, not_finite, output_of
+from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, StepPlan
 from kelix_rt.request import (
     BlockEvent,
     Event,
     ImageDone,
-    ImageOutput,
     ImageProgress,
     Output,
     RequestDone,
@@ -30,13 +33,17 @@ from kelix_rt.stats import EngineStats
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from kelix_rt.block_steps import Flight
     from kelix_rt.config import KelixConfig
     from kelix_rt.offload import Offloaded
     from kelix_rt.runner import Runner
 
 
 class Loop:
-    """Continuous batching over one runner. Not thread-safe: one thread calls all methods."""
+    """Continuous batching over one runner. Not thread-safe: one thread calls all methods.
+
+    A request is a sequence from `submit` on; before, it may be a job that makes its prompt.
+    """
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self._runner: Runner | None = runner  # None while the weights are left to the disk
@@ -46,8 +53,10 @@ class Loop:
         self.scheduler = scheduler
         self.config: KelixConfig = runner.model.config
         self._requests: dict[int, Sequence] = {}
+        self._jobs = Jobs.on_a_thread() if runner.overlaps else Jobs.at_once()
         self._mail: dict[int, deque[Event]] = {}  # of calls that wait for a request
         self._unread: deque[Event] = deque()
+        self._flight: Flight | None = None  # a block step under way, launched ahead
         self.counts = EngineStats()
 
     @property
@@ -60,7 +69,7 @@ class Loop:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or `step` has events to hand out."""
-        return self.scheduler.has_work or bool(self._unread)
+        return self.scheduler.has_work or bool(self._unread) or len(self._jobs) > 0
 
     def stats(self) -> EngineStats:
         """What was done since the start, as a copy."""
@@ -86,16 +95,20 @@ class Loop:
         """
         sequence = self._requests.get(request_id)
         if sequence is None:
-            return None
+            return self._abort_prompt(request_id)
         sequence.finish_reason = "abort"
-        return self._finish(sequence)
+        output = self._finish(sequence)
+        self._forget_flight()
+        return output
 
-    def discard(self, request_ids: Items[int]) -> None:
-        """Aborts those of the requests that run, and drops the events nobody will read."""
-        for number in request_ids:
-            self._mail[number] = deque()
-            self.abort(number)
-            del self._mail[number]
+    def _abort_prompt(self, request_id: int) -> Output | None:
+        """Ends a request whose prompt is still being made; None where there is none."""
+        if request_id not in self._jobs:
+            return None
+        self._jobs.cancel(request_id)
+        output = aborted_output(request_id, self.config.num_codes + 1)
+        self._emit(RequestDone(request_id, output))
+        return output
 
     def step(self) -> list[Event]:
         """Runs one step; the events it caused, [] when there is nothing to do.
@@ -109,69 +122,77 @@ class Loop:
         self._unread.clear()
         return events
 
-    def collect(self, request_id: int) -> Iterator[Event]:
-        """The events of one request until its last one, running steps as needed.
-
-        Leaving the iterator early aborts the request.
-        """
-        mail = self._mail[request_id] = deque()
-        try:
-            while True:
-                while not mail:
-                    self._run_for(request_id)
-                event = mail.popleft()
-                yield event
-                if isinstance(event, RequestDone | RequestFailed):
-                    return
-        finally:
-            self.discard([request_id])
-
-    def run_to_end(self, request_ids: Items[int]) -> list[RequestDone | RequestFailed]:
-        """Runs until these requests have ended; their last events, in the order given."""
-        for number in request_ids:
-            self._mail[number] = deque()
-        ended: dict[int, RequestDone | RequestFailed] = {}
-        try:
-            for number in request_ids:
-                mail = self._mail[number]
-                while number not in ended:
-                    while not mail:
-                        self._run_for(number)
-                    event = mail.popleft()
-                    if isinstance(event, RequestDone | RequestFailed):
-                        ended[number] = event
-        finally:
-            self.discard(request_ids)
-        return [ended[number] for number in request_ids]
-
-    def _run_for(self, request_id: int) -> None:
-        if request_id not in self._requests:
-            raise KelixError(f"request {request_id} is not running, so it has no more events")
-        if not self._step():
-            raise KelixError(f"request {request_id} is unfinished, but there is nothing to run")
-
     def _emit(self, event: Event) -> None:
         self._mail.get(event.request_id, self._unread).append(event)
 
     def _step(self) -> bool:
-        """Runs one step; whether there was one to run."""
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return False
-        try:
-            self._run(plan)
-        except Exception as error:
-            self._fail_all(plan, error)
-        except BaseException as error:
-            self._fail_all(plan, KelixError(f"the step was interrupted: {error!r}"))
-            raise
+        """Runs one step; whether there was one to run.
+
+        Of a block step the blocks are read only after the next step was launched, where that can
+        be planned without them; that one is then under way when this returns.
+        """
+        booked = self._book_jobs()
+        flight, self._flight = self._flight, None
+        if flight is None:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return booked or self._wait_for_job()
+            with self._failing(plan):
+                flight = self._start(plan)
+            if flight is None:
+                return True
+        ahead = self.scheduler.schedule_ahead(flight.plan) if self.runner.overlaps else None
+        with self._failing(ahead):
+            try:
+                if ahead is not None:
+                    self._flight = self._start(ahead, after=flight)
+            finally:
+                with self._failing(flight.plan):
+                    self._land(flight)
         return True
 
-    def _run(self, plan: StepPlan) -> None:
+    def _book_jobs(self) -> bool:
+        """Takes the results of jobs that are done; whether there were any."""
+        booked = False
+        while (job := self._jobs.pop_done()) is not None:
+            booked = True
+            try:
+                job.then(job.future.result())
+            except Exception as error:
+                self._fail_job(job.request_id, error)
+        return booked
+
+    def _fail_job(self, request_id: int, error: Exception) -> None:
+        sequence = self._requests.get(request_id)
+        if sequence is None:  # its prompt could not be made
+            self._emit(RequestFailed(request_id, error))
+        else:
+            self._fail(sequence, error)
+
+    def _wait_for_job(self) -> bool:
+        self._jobs.wait()
+        return self._book_jobs()
+
+    @contextmanager
+    def _failing(self, plan: StepPlan | None) -> Iterator[None]:
+        """An exception inside fails the requests of the plan; an interrupt is raised too."""
+        sequences = () if plan is None else plan.sequences
+        try:
+            yield
+        except Exception as error:
+            self._fail_all(sequences, error)
+        except BaseException as error:
+            self._fail_all(sequences, KelixError(f"the step was interrupted: {error!r}"))
+            raise
+
+    def _start(self, plan: StepPlan, after: Flight | None = None) -> Flight | None:
+        """Launches a block step, which is then under way; runs one of another kind."""
         if isinstance(plan, BlockPlan):
+            flight = self.runner.blocks.launch(plan, after)
             self.counts.block_steps += 1
-            self._run_blocks(plan)
-        elif isinstance(plan, RenderPlan):
+            self.counts.steps_ahead += after is not None
+            return flight
+        if isinstance(plan, RenderPlan):
             self.counts.render_steps += 1
             self._run_render(plan)
         elif isinstance(plan, PicturePlan):
@@ -179,6 +200,7 @@ class Loop:
         else:
             self.counts.encode_steps += 1
             self._run_encode(plan)
+        return None
 
     def _run_encode(self, plan: EncodePlan) -> None:
         for sequence in plan.sequences:
@@ -186,36 +208,37 @@ class Loop:
                 sequence.place_image(ids)
                 self.scheduler.encoded(sequence)
 
-    def _run_blocks(self, plan: BlockPlan) -> None:
-        drawn = self.runner.run_blocks(plan)
+    def _land(self, flight: Flight) -> None:
+        """Reads a block step and books it; requests that ended while it was under way get none."""
+        drawn = self.runner.blocks.read(flight)
+        drawn = [(span, blocks) for span, blocks in drawn if not span.sequence.image_closed]
+        self.counts.blocks_dropped += len(flight.drawn) - len(drawn)
         for span, blocks in drawn:
             for block in blocks[:-1]:
                 self._append(span.sequence, block)
-            self._count_drafts(span, accepted=len(blocks) - 1)
+            self.counts.drafts_accepted += len(blocks) - 1
+            self.counts.drafts_rejected += 1 + span.drafts - len(blocks)
             if (blocks[-1] < 0).any():
-                self._fail(span.sequence, _not_finite(span.sequence))
-        self.scheduler.advance(plan)
+                self._fail(span.sequence, not_finite(span.sequence))
+        self.scheduler.advance(flight.plan)
         for span, blocks in drawn:
-            if span.sequence.request_id in self._requests:
+            if span.sequence.runs:
                 self._append(span.sequence, blocks[-1])
-        for sequence in plan.sequences:
-            if sequence.finish_reason is None or sequence.request_id not in self._requests:
+        for sequence in flight.plan.sequences:
+            if sequence.finish_reason is None or not sequence.runs:
                 continue
             sequence.blocks_done = time.perf_counter()
             if sequence.draws:
                 self._start_render(sequence)
             else:
                 self._finish(sequence)
+        self._forget_flight()
 
     def _append(self, sequence: Sequence, block: np.ndarray) -> None:
         sequence.append(block)
         self.counts.blocks += 1
         ids = tuple(block.tolist())
         self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, ids))
-
-    def _count_drafts(self, span: Span, accepted: int) -> None:
-        self.counts.drafts_accepted += accepted
-        self.counts.drafts_rejected += span.drafts - accepted
 
     def _start_render(self, sequence: Sequence) -> None:
         try:
@@ -233,56 +256,42 @@ class Loop:
 
     def _run_picture(self, plan: PicturePlan) -> None:
         for sequence in plan.sequences:
-            image = self.runner.finish_render(sequence)
+            picture = self.runner.start_picture(sequence)
+            self.scheduler.remove(sequence)
             self.counts.pictures += 1
-            self._finish(sequence, image)
+            self._jobs.start(sequence.request_id, picture, partial(self._finish, sequence))
+        self._book_jobs()
 
     def _finish(self, sequence: Sequence, image: Image | None = None) -> Output:
         """Takes a request out, and emits its last events."""
         self._remove(sequence)
-        output = self._output(sequence, image)
+        wanted = sequence.hidden_from == 0 and sequence.hidden_parts
+        hidden = self.runner.hidden(sequence) if wanted else None
+        output = output_of(sequence, image, hidden)
         if output.image is not None:
             self._emit(ImageDone(sequence.request_id, output.image))
         self._emit(RequestDone(sequence.request_id, output))
         return output
 
-    def _output(self, sequence: Sequence, image: Image | None) -> Output:
-        assert sequence.finish_reason is not None
-        blocks, timings = sequence.blocks, sequence.timings()
-        picture = None
-        if image is not None:
-            assert sequence.render is not None
-            assert sequence.render.seed is not None
-            seed = sequence.render.seed
-            picture = ImageOutput(image, blocks, sequence.condition_length, seed, timings)
-        wanted = sequence.hidden_from == 0 and sequence.hidden_parts
-        return Output(
-            sequence.request_id,
-            blocks,
-            sequence.finish_reason,
-            sequence.usage(),
-            timings,
-            image=picture,
-            hidden=self.runner.hidden(sequence) if wanted else None,
-        )
-
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self._remove(sequence)
         self._emit(RequestFailed(sequence.request_id, error))
 
-    def _fail_all(self, plan: StepPlan, error: Exception) -> None:
-        for sequence in plan.sequences:
+    def _fail_all(self, sequences: Items[Sequence], error: Exception) -> None:
+        for sequence in sequences:
             if sequence.request_id in self._requests:
                 self._fail(sequence, error)
+        self._forget_flight()
 
     def _remove(self, sequence: Sequence) -> None:
         del self._requests[sequence.request_id]
+        self._jobs.cancel(sequence.request_id)
         self.scheduler.remove(sequence)
         self.runner.drop_render(sequence)
 
-
-def _not_finite(sequence: Sequence) -> KelixError:
-    return KelixError(
-        f"request {sequence.request_id}: the logits of block {sequence.generated} are not finite; "
-        "the weights or the prompt drive the model out of range"
-    )
+    def _forget_flight(self) -> None:
+        """Drops the step under way once nobody is left to read it."""
+        flight = self._flight
+        if flight is not None and not any(one.runs for one in flight.plan.sequences):
+            self.counts.blocks_dropped += len(flight.drawn)
+            self._flight = None

@@ -13,7 +13,8 @@ class Span:
     """Rows start..start+count of a sequence in a step.
 
     wants_block: its last known row yields a block. drafts: how many of the rows, the last ones, are
-    guesses; each of them yields the block behind it too.
+    guesses; each of them yields the block behind it too. unread: its one row is what the step in
+    front draws, which the host has not read yet.
     """
 
     sequence: Sequence
@@ -21,6 +22,7 @@ class Span:
     count: int
     wants_block: bool
     drafts: int = 0
+    unread: bool = False
 
     @property
     def end(self) -> int:

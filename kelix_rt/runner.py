@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kelix_rt.batch import StepBuffer
+from kelix_rt.block_steps import BlockSteps
 from kelix_rt.denoise_graphs import DenoiseGraphs
+from kelix_rt.device_queue import device_queue
 from kelix_rt.errors import ConfigError
 from kelix_rt.graphs import CudaRecorder, DecodeGraphs, GraphCounts, Recorder
 from kelix_rt.memory import cache_dtype
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
-from kelix_rt.plans import BlockPlan, RenderPlan, Span
+from kelix_rt.plans import RenderPlan
 from kelix_rt.sequence import Sequence
-from kelix_rt.speculation import accepted_drafts
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
+from kelix_rt.stages.render import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,18 +52,22 @@ class Runner:
         qwen = model.config.qwen_config
         stored = cache_dtype(options, self.dtype)
         self.kv = PagedKV.allocate(qwen, pool.num_pages, pool.page_size, self.device, stored)
+        queue = self._queue = device_queue(self.device)
         self.buffer = StepBuffer(
             pool,
             max_tokens=options.max_step_tokens,
             max_batch=options.max_batch,
             max_positions=max_positions,
-            device=self.device,
+            queue=queue,
         )
         self.generate = GenerateStage(model, self.kv, options.verify_head)
         self.render = render
         self.graph_counts = GraphCounts()
         self._uses_graphs = options.cuda_graphs
         self.graphs = DecodeGraphs(self.generate, self.buffer, self.graph_counts)
+        self.blocks = BlockSteps(self.generate, self.buffer, self.graphs, queue, options.max_batch)
+        # What was drawn for nothing must not be counted.
+        self.overlaps = options.overlap and not options.verify_head
         self.denoise_graphs: DenoiseGraphs | None = None
         if render is not None:
             self.denoise_graphs = DenoiseGraphs(
@@ -146,39 +152,12 @@ class Runner:
         """
         stage = self.encode_stage()
         found: list[np.ndarray] = []
-        for pixels, grid in sequence.images:
-            codes, encoded = stage.cached_codes(pixels, grid)
+        for pixels, grid, key in sequence.images:
+            codes, encoded = stage.cached_codes(pixels, grid, key)
             found.append(stage.ids(codes).cpu().numpy())
             if encoded:
                 break
         return found
-
-    def run_blocks(self, plan: BlockPlan) -> list[tuple[Span, np.ndarray]]:
-        """Computes the rows of a plan; the spans that got blocks, and those int64 [1 + n, N+1].
-
-        n counts the drafts that were accepted, which the model's own block follows. The one wait
-        for the device is the read of the new blocks.
-        """
-        bucket = self.graphs.choose(plan)
-        batch, drawn, kept = self.buffer.pack(plan, bucket)
-        result = self.generate.step(batch) if bucket is None else self.graphs.replay(bucket)
-        blocks = result.blocks.cpu().numpy()
-        found: dict[Span, np.ndarray] = {}
-        row = 0
-        for span in drawn:
-            found[span] = _checked(span, blocks[row : row + span.num_blocks])
-            row += span.num_blocks
-        if kept:
-            assert result.hidden is not None
-            counts = [count for _, count in kept]
-            # Of a replay: out of the rows of padding, and of memory that the next one overwrites.
-            hidden = result.hidden if bucket is None else result.hidden[: sum(counts)].clone()
-            parts = hidden.split(counts)
-            for (span, count), part in zip(kept, parts, strict=True):
-                rejected = span.num_blocks - len(found[span]) if span.drafts else 0
-                span.sequence.hidden_parts.append(part[: count - rejected])
-                span.sequence.hidden_count += count - rejected
-        return list(found.items())
 
     def image_blocks(self, codes: torch.Tensor, layout: Iterable[int] | None = None) -> np.ndarray:
         """Blocks int64 [n + 1, N+1] of an image of codes [T, N], vision_end being the last.
@@ -223,9 +202,18 @@ class Runner:
         states = [(sequence, sequence.render_state) for sequence in plan.sequences]
         return [(sequence, (state.index, state.steps)) for sequence, state in states]
 
-    def finish_render(self, sequence: Sequence) -> Image:
-        """The picture of a request whose steps are all taken."""
-        return self.render_stage().finish(sequence.render_state)
+    def start_picture(self, sequence: Sequence) -> Callable[[], Image]:
+        """Decodes a drawing whose steps are all taken; what is left to do on any thread."""
+        pixels = self.render_stage().pixels(sequence.render_state)
+        host = self._queue.host_zeros(*pixels.shape, dtype=pixels.dtype)
+        self._queue.run(lambda: host.copy_(pixels, non_blocking=True))
+        copied = self._queue.mark()
+
+        def picture() -> Image:
+            copied.wait()
+            return to_picture(host)
+
+        return picture
 
     def drop_render(self, sequence: Sequence) -> None:
         """Lets go of the render state of a request that has ended in whatever way."""
@@ -236,10 +224,3 @@ class Runner:
     def hidden(self, sequence: Sequence) -> torch.Tensor:
         """The hidden states kept for a request, [rows, D], on the device."""
         return torch.cat(sequence.hidden_parts)
-
-
-def _checked(span: Span, blocks: np.ndarray) -> np.ndarray:
-    """What holds of a span's blocks [1 + drafts, N+1]: up to the first that was not guessed."""
-    known = span.sequence.length
-    drafts = span.sequence.rows[known : known + span.drafts]
-    return blocks[: 1 + accepted_drafts(drafts, blocks)]

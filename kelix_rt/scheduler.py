@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kelix_rt.ahead import plan_ahead
 from kelix_rt.errors import CapacityError
 from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, Span, StepPlan
 from kelix_rt.sequence import Sequence
@@ -95,6 +96,28 @@ class Scheduler:
                 return plan
         return None
 
+    def schedule_ahead(self, under_way: BlockPlan) -> BlockPlan | RenderPlan | PicturePlan | None:
+        """The step after a block step whose blocks are not read yet; None where it has to wait.
+
+        Kinds of work take turns as in `schedule`. Images wait: their step ends with a read, which
+        would hold the blocks up.
+        """
+        for turn in range(1, len(self._planners) + 1):
+            planner = self._planners[turn % len(self._planners)]
+            plan: StepPlan | None
+            if planner == self._plan_blocks:
+                plan = plan_ahead(self, under_way)
+                if plan is None:
+                    return None
+            else:
+                plan = planner()
+            if isinstance(plan, EncodePlan):
+                return None
+            if plan is not None:
+                self._planners.rotate(-turn)
+                return plan
+        return None
+
     def advance(self, plan: BlockPlan) -> None:
         """Books the rows of a block step that has run; full pages become shareable.
 
@@ -159,7 +182,7 @@ class Scheduler:
             if sequence.handle is None:  # preempted by one before it
                 continue
             count = min(sequence.pending, budget)
-            while not self._grow(sequence, sequence.computed + count):
+            while not self.grow(sequence, sequence.computed + count):
                 victim = self.running[-1]
                 self._preempt(victim)
                 taken = spans.pop(victim, None)
@@ -172,16 +195,16 @@ class Scheduler:
                 draft_rows -= drafts
                 spans[sequence] = self._span(sequence, count, drafts)
                 budget -= count + drafts
-        budget = self._admit_waiting(spans, budget)
+        budget = self.admit_waiting(spans, budget)
         return BlockPlan(tuple(spans.values())) if spans else None
 
-    def _admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
+    def admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
         while self.waiting and budget and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
             if sequence.images or not self._admit(sequence):
                 break
             count = min(sequence.pending, budget)
-            if not self._grow(sequence, sequence.computed + count):
+            if not self.grow(sequence, sequence.computed + count):
                 raise RuntimeError("scheduler: the pool refused pages it had counted as available")
             self.waiting.popleft()
             self.running.append(sequence)
@@ -231,7 +254,7 @@ class Scheduler:
         end = sequence.length + len(drafts)
         # As at admission: a page is left for every running request, so a guess preempts nobody.
         pages = self._pages(end) - self._pages(sequence.length) + len(self.running)
-        if not len(drafts) or pages > self.pool.num_available or not self._grow(sequence, end):
+        if not len(drafts) or pages > self.pool.num_available or not self.grow(sequence, end):
             return 0
         sequence.rows[sequence.length : end] = drafts
         return len(drafts)
@@ -240,7 +263,7 @@ class Scheduler:
         wants_block = sequence.wants_block(sequence.computed + count)
         return Span(sequence, sequence.computed, count + drafts, wants_block, drafts)
 
-    def _grow(self, sequence: Sequence, rows: int) -> bool:
+    def grow(self, sequence: Sequence, rows: int) -> bool:
         return sequence.handle is not None and self.pool.grow(sequence.handle, rows)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -66,7 +66,8 @@ class Sequence:
         self.hidden_count = 0
         self.render = render
         self.placed: np.ndarray | None = None  # bool [S]: rows that are image placeholders
-        self.images: deque[tuple[Tensor, Tensor]] = deque()  # patches and grids not yet encoded
+        # Not yet encoded: patches, grids, and what their codes may be found by.
+        self.images: deque[tuple[Tensor, Tensor, bytes | None]] = deque()
         self._placed_rows = 0
         self.render_state: Any = None  # the render stage's own
         self.condition_length = 0
@@ -93,6 +94,11 @@ class Sequence:
     def generated(self) -> int:
         """Blocks produced so far."""
         return self.length - self.prompt_length
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is in the block stage and holds pages; not once it has ended."""
+        return self.handle is not None
 
     @property
     def draws(self) -> bool:

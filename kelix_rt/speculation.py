@@ -34,6 +34,9 @@ class Drafter(Protocol):
     def propose(self, sequence: Sequence) -> np.ndarray | None:
         """The next rows int64 [n, N+1], or None. Called only while the request decodes."""
 
+    def expects(self, sequence: Sequence) -> bool:
+        """Whether there may be a proposal once one more block is there, whatever it is."""
+
 
 class MarkerText(Protocol):
     """The text tokenizer, as far as coordinates need it."""
@@ -106,16 +109,27 @@ class MarkerDrafter:
 
     def propose(self, sequence: Sequence) -> np.ndarray | None:
         """Rows int64 [n, N+1] that complete the next marker, or None where none is due."""
-        image = self._images.get(sequence)
-        if image is None:
-            image = self._images[sequence] = _OpenImage()
-        self._scan(image, sequence.rows[: sequence.length, 0])
-        ids = self._due(image)
+        ids = self._due(self._image(sequence))
         if not ids:
             return None
         rows = np.full((len(ids), self.num_slots), self.block_end, dtype=np.int64)
         rows[:, 0] = ids
         return rows
+
+    def expects(self, sequence: Sequence) -> bool:
+        """Whether the next block may be the last code of a row, or be part of a marker."""
+        image = self._image(sequence)
+        if not image.inside or not image.expected:
+            return False
+        return image.coordinates is not None or image.codes + 1 >= image.row_length
+
+    def _image(self, sequence: Sequence) -> _OpenImage:
+        """What is known of the last image of a request by now."""
+        image = self._images.get(sequence)
+        if image is None:
+            image = self._images[sequence] = _OpenImage()
+        self._scan(image, sequence.rows[: sequence.length, 0])
+        return image
 
     def _due(self, image: _OpenImage) -> list[int]:
         if not image.inside or not image.expected:

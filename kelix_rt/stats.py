@@ -11,6 +11,8 @@ class EngineStats:
 
     encode_steps, block_steps, render_steps: steps of each kind. blocks: those generated. pictures:
     drawings decoded, each in a step of its own.
+    steps_ahead: block steps that were launched before the blocks of the one in front were read.
+    blocks_dropped: blocks drawn in such steps for requests that had ended.
     drafts_accepted, drafts_rejected: blocks that were guessed ahead; an accepted one saved a step.
     image_hits, image_misses: images whose codes were known, and those that had to be encoded.
     graph_replays, graph_misses: block steps and evaluations of the DiT that were launched as one
@@ -23,6 +25,8 @@ class EngineStats:
     render_steps: int = 0
     blocks: int = 0
     pictures: int = 0
+    steps_ahead: int = 0
+    blocks_dropped: int = 0
     drafts_accepted: int = 0
     drafts_rejected: int = 0
     image_hits: int = 0

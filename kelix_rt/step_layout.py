@@ -13,7 +13,8 @@ Sections = dict[str, tuple[type, tuple[int, ...]]]
 def sections(width: int, tokens: int, spans: int, blocks: int, kept: int, pages: int) -> Sections:
     """Arrays of a step: `tokens` rows of `width` ids in `spans` spans, which yield `blocks` blocks.
 
-    kept: rows whose hidden state is kept. pages: those of the longest request.
+    kept: rows whose hidden state is kept. pages: those of the longest request. carried: rows that
+    the step before draws, and where they go.
     """
     return {
         "ids": (np.int64, (tokens, width)),
@@ -22,6 +23,7 @@ def sections(width: int, tokens: int, spans: int, blocks: int, kept: int, pages:
         "seeds": (np.int64, (blocks,)),
         "steps": (np.int64, (blocks,)),
         "keep_rows": (np.int64, (kept,)),
+        "carried": (np.int64, (2, spans)),
         "positions": (np.int32, (tokens,)),
         "context_lens": (np.int32, (spans,)),
         "query_start": (np.int32, (spans + 1,)),

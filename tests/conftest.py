@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from kelix_rt import Engine
+from tests.queues import LateQueue, Load, as_on_a_gpu
 
 # The same examples in every run, and no deadline that a busy machine would miss.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -23,3 +27,16 @@ def golden() -> Path:
 def _one_thread() -> None:
     """The models of the tests are too small to gain from a second thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads engines that overlap as on a GPU, over a device that does nothing before its time."""
+
+    def loaded(path: Path | str, **options: Any) -> tuple[Engine, LateQueue]:
+        queue = LateQueue()
+        with monkeypatch.context() as patch:
+            as_on_a_gpu(patch, queue)
+            return Engine.from_pretrained(path, device="cpu", **options), queue
+
+    return loaded

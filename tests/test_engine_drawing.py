@@ -186,7 +186,7 @@ def test_sizes_that_do_not_fit_are_refused(
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("method", ["start", "step", "finish"])
+@pytest.mark.parametrize("method", ["start", "step", "pixels"])
 def test_an_exception_while_rendering_fails_the_drawing_alone(
     engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -52,18 +52,18 @@ def test_what_must_not_happen_is_told() -> None:
 def test_a_wrong_answer_is_found(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of one request is changed on its way out."""
     crowd, alone = make_engines(golden / "llm" / "tiny_a")
-    run = crowd.runner.run_blocks
+    read = crowd.runner.blocks.read
     touched = []
 
-    def spoiling(plan: object) -> list:
-        found = run(plan)
+    def spoiling(flight: object) -> list:
+        found = read(flight)
         for span, blocks in found:
             if span.sequence.request_id == 3 and not touched:
                 touched.append(blocks[-1, 0])
                 blocks[-1, 0] = 1 if blocks[-1, 0] != 1 else 2
         return found
 
-    monkeypatch.setattr(crowd.runner, "run_blocks", spoiling)
+    monkeypatch.setattr(crowd.runner.blocks, "read", spoiling)
     report = soak.soak(crowd, alone, 8, seed=2)
     assert touched
     assert report.wrong == [3]

@@ -64,14 +64,20 @@ class EncodeStage:
         pixels = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
         return self.tokenizer.encode(pixels, grid, mode=self.mode)
 
-    def cached_codes(self, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, bool]:
+    def key(self, pixel_values: Tensor, grid: Tensor) -> bytes | None:
+        """What the codes of one image are found by; None where none are kept."""
+        return content_key(pixel_values, grid) if self.cache.max_bytes else None
+
+    def cached_codes(
+        self, pixel_values: Tensor, grid: Tensor, key: bytes | None = None
+    ) -> tuple[Tensor, bool]:
         """Codes of one image, of grid [1, 3], and whether the tokenizer had to run for them.
 
-        Codes that are known come from the CPU.
+        key: what `key` gives, if it was made before. Codes that are known come from the CPU.
         """
-        if not self.cache.max_bytes:
+        key = key or self.key(pixel_values, grid)
+        if key is None:
             return self.codes(pixel_values, grid), True
-        key = content_key(pixel_values, grid)
         codes = self.cache.get(key)
         if codes is not None:
             return codes, False

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kelix_rt.weights import OnTensor
 
-__all__ = ["RenderStage", "RenderState", "sample"]
+__all__ = ["RenderStage", "RenderState", "sample", "to_picture"]
 
 MAX_CONDITION_LENGTH = 720
 
@@ -105,12 +105,14 @@ class RenderStage:
 
     def finish(self, state: RenderState) -> Image.Image:
         """Decodes a state that has taken all its steps. Raises InputError before that."""
-        from PIL import Image
+        return to_picture(self.pixels(state).cpu())
 
+    def pixels(self, state: RenderState) -> Tensor:
+        """As `finish`, but pixels uint8 [H, W, 3] on the device, which is not waited for."""
         if not state.done:
             raise InputError(f"finish: {state.index} of {state.steps} steps were taken")
         self.denoiser.release(state)
-        return Image.fromarray(to_uint8(decode(self.vae.module, state.latent))[0].cpu().numpy())
+        return to_uint8(decode(self.vae.module, state.latent))[0]
 
     def latent_shape(self, params: RenderParams) -> tuple[int, int, int, int]:
         """[1, C, h, w] of a request; sizes not given come from its latent, else the model's.
@@ -149,3 +151,10 @@ class RenderStage:
         generator = torch.Generator()
         seed = generator.seed() % SEED_LIMIT if params.seed is None else params.seed
         return torch.randn(shape, generator=generator.manual_seed(seed)), seed
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """A picture of pixels uint8 [H, W, 3] on the CPU."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.numpy())

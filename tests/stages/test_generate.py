@@ -11,6 +11,7 @@ import torch
 from kelix_rt import Engine, SamplingParams
 from kelix_rt._host import PagePool
 from kelix_rt.batch import StepBuffer
+from kelix_rt.device_queue import InlineQueue
 from kelix_rt.plans import BlockPlan
 from kelix_rt.scheduler import Scheduler
 from kelix_rt.sequence import EndRules, Sequence
@@ -34,7 +35,7 @@ def pool() -> PagePool:
 @pytest.fixture
 def buffer(pool: PagePool) -> StepBuffer:
     sizes = {"max_tokens": 16, "max_batch": 4, "max_positions": 32}
-    return StepBuffer(pool, **sizes, device=torch.device("cpu"))
+    return StepBuffer(pool, **sizes, queue=InlineQueue())
 
 
 def plan_of(pool: PagePool, *sequences: Sequence) -> BlockPlan:

@@ -1,0 +1,63 @@
+"""Calls that wait for requests: they run the loop, and get the events of their own requests."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+
+from kelix_rt.errors import KelixError
+from kelix_rt.loop import Loop
+from kelix_rt.request import Event, RequestDone, RequestFailed
+
+
+class Calls(Loop):
+    """A loop whose callers may wait for some of its requests."""
+
+    def discard(self, request_ids: Items[int]) -> None:
+        """Aborts those of the requests that run, and drops the events nobody will read."""
+        for number in request_ids:
+            self._mail[number] = deque()
+            self.abort(number)
+            del self._mail[number]
+
+    def collect(self, request_id: int) -> Iterator[Event]:
+        """The events of one request until its last one, running steps as needed.
+
+        Leaving the iterator early aborts the request.
+        """
+        mail = self._mail[request_id] = deque()
+        try:
+            while True:
+                while not mail:
+                    self._run_for(request_id)
+                event = mail.popleft()
+                yield event
+                if isinstance(event, RequestDone | RequestFailed):
+                    return
+        finally:
+            self.discard([request_id])
+
+    def run_to_end(self, request_ids: Items[int]) -> list[RequestDone | RequestFailed]:
+        """Runs until these requests have ended; their last events, in the order given."""
+        for number in request_ids:
+            self._mail[number] = deque()
+        ended: dict[int, RequestDone | RequestFailed] = {}
+        try:
+            for number in request_ids:
+                mail = self._mail[number]
+                while number not in ended:
+                    while not mail:
+                        self._run_for(number)
+                    event = mail.popleft()
+                    if isinstance(event, RequestDone | RequestFailed):
+                        ended[number] = event
+        finally:
+            self.discard(request_ids)
+        return [ended[number] for number in request_ids]
+
+    def _run_for(self, request_id: int) -> None:
+        if request_id not in self._requests and request_id not in self._jobs:
+            raise KelixError(f"request {request_id} is not running, so it has no more events")
+        if not self._step():
+            raise KelixError(f"request {request_id} is unfinished, but there is nothing to run")

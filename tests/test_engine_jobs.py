@@ -1,0 +1,224 @@
+"""Pictures are read and made beside the steps; their failures are those of their request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, current_thread
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kelix_rt import (
+    BlockEvent,
+    Engine,
+    ImageDone,
+    InputError,
+    RenderParams,
+    RequestDone,
+    RequestFailed,
+    SamplingParams,
+)
+from kelix_rt.assets import BUNDLED
+from tests.engine_helpers import assert_idle, fixtures, load_engine
+from tests.queues import Load
+
+SAMPLING = SamplingParams(temperature=0.0, max_blocks=8)
+BROKEN = [{"role": "user", "content": [{"type": "image", "image": b"no picture"}]}]
+
+
+def asking(size: int = 56) -> list[dict[str, Any]]:
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "?"}]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture(params=["at once", "on a thread"])
+def engine(request: pytest.FixtureRequest, load: Load) -> Engine:
+    if request.param == "at once":
+        return load_engine(BUNDLED, dtype="float32")
+    return load(BUNDLED, dtype="float32")[0]
+
+
+class Held:
+    """Holds a function up until it is let go, and notes which thread calls it."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.begun, self.go = Event(), Event()
+        self.threads: list[str] = []
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.threads.append(current_thread().name)
+        self.begun.set()
+        assert self.go.wait(60)
+        return self._function(*args, **options)
+
+
+@pytest.fixture
+def held(load: Load, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, Held]]:
+    """An engine whose pictures are read only when the test says so."""
+    engine, _ = load(BUNDLED, dtype="float32")
+    processor = engine.processor
+    stopper = Held(processor.encode)
+    monkeypatch.setattr(processor, "encode", stopper)
+    yield engine, stopper
+    stopper.go.set()
+
+
+def test_messages_get_the_answer_of_their_prompt(engine: Engine) -> None:
+    expected = engine.generate([engine.chat_prompt(asking(n)) for n in (56, 84)], SAMPLING)
+    numbers = [engine.add_chat(asking(n), SAMPLING) for n in (56, 84)]
+    assert numbers == sorted(numbers)
+    for event, known in zip(engine.run_to_end(numbers), expected, strict=True):
+        np.testing.assert_array_equal(event.output.blocks, known.blocks)
+        assert event.output.timings.queued > 0
+    assert engine.chat(asking(84), SAMPLING).text == expected[1].text
+    assert engine.stats().image_hits >= 3, "the codes are found by what the job computed"
+    assert_idle(engine)
+
+
+def test_a_bad_picture_fails_its_request_alone(engine: Engine) -> None:
+    numbers = [engine.add_chat(m, SAMPLING) for m in (asking(), BROKEN, asking())]
+    fine, failed, also = engine.run_to_end(numbers)
+    assert isinstance(failed, RequestFailed)
+    assert isinstance(failed.error, InputError)
+    assert isinstance(fine, RequestDone) and isinstance(also, RequestDone)
+    np.testing.assert_array_equal(fine.output.blocks, also.output.blocks)
+    with pytest.raises(InputError):
+        engine.chat(BROKEN)
+    with pytest.raises(InputError):
+        next(engine.stream(BROKEN))
+    with pytest.raises(InputError, match="sampling"):
+        engine.add_chat(asking(), 3)
+    engine.add_chat(BROKEN)
+    (event,) = engine.step()  # as the only thing to do
+    assert isinstance(event, RequestFailed)
+    assert_idle(engine)
+
+
+def test_a_request_too_large_is_refused_when_its_prompt_is_there(engine: Engine) -> None:
+    number = engine.add_chat(asking(), SamplingParams(max_blocks=10**6))
+    (event,) = engine.run_to_end([number])
+    assert isinstance(event, RequestFailed)
+    assert isinstance(event.error, InputError)
+    assert_idle(engine)
+
+
+def test_others_go_on_while_a_picture_is_read(held: tuple[Engine, Held]) -> None:
+    engine, stopper = held
+    asked = engine.add_chat(asking(), SAMPLING)
+    other = engine.add_request([5, 6], SamplingParams(0.0, max_blocks=6, ignore_eos=True))
+    assert stopper.begun.wait(60)
+    events = [event for _ in range(6) for event in engine.step()]
+    assert sum(isinstance(event, BlockEvent) for event in events) == 6
+    assert {event.request_id for event in events} == {other}
+    assert engine.has_work
+    stopper.go.set()
+    (event,) = engine.run_to_end([asked])
+    assert isinstance(event, RequestDone)
+    assert stopper.threads[0].startswith("kelix-jobs")
+    assert_idle(engine)
+
+
+def test_an_abort_while_a_picture_is_read(held: tuple[Engine, Held]) -> None:
+    engine, stopper = held
+    begun, waiting = (engine.add_chat(asking(), SAMPLING) for _ in range(2))
+    assert stopper.begun.wait(60)
+    for number in (begun, waiting):
+        output = engine.abort(number)
+        assert output.finish_reason == "abort"
+        assert output.blocks.shape == (0, engine.config.num_codes + 1)
+        assert engine.abort(number) is None
+    assert [type(event) for event in engine.step()] == [RequestDone] * 2
+    assert_idle(engine)
+    stopper.go.set()
+    assert engine.chat(asking(), SAMPLING).blocks.shape[0] > 0
+    assert len(stopper.threads) == 2, "the one that had not begun never did"
+    assert_idle(engine)
+
+
+def test_leaving_a_stream_while_its_picture_is_read(held: tuple[Engine, Held]) -> None:
+    engine, stopper = held
+    engine.add_request([5, 6], SAMPLING)
+    stream = engine.stream(asking(), SAMPLING)
+    stopper.go.set()
+    next(stream)
+    stream.close()
+    while engine.has_work:
+        engine.step()
+    assert_idle(engine)
+
+
+@pytest.fixture
+def drawing(golden: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An engine whose pixels become a picture only when the test says so."""
+    path = golden / "llm" / "tiny_a"
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    engine, _ = load(path, **parts)
+    prompt, render = fixtures(path)["cond/prompt_ids2d"], RenderParams(steps=1, seed=3)
+    expected = load_engine(path, **parts).generate_image(prompt, render=render)
+    from kelix_rt.stages.render import to_picture
+
+    stopper = Held(to_picture)
+    monkeypatch.setattr("kelix_rt.runner.to_picture", stopper)
+    yield engine, stopper, engine.add_request(prompt, render=render), expected
+    stopper.go.set()
+
+
+def run_until(engine: Engine, event: Event) -> list[Any]:
+    events = []
+    while not event.is_set():
+        events += engine.step()
+        event.wait(0.01) if engine.scheduler.has_work is False else None
+    return events
+
+
+def test_others_go_on_while_a_picture_is_made(drawing: Any) -> None:
+    engine, stopper, number, expected = drawing
+    other = engine.add_request([5, 6], SamplingParams(0.0, max_blocks=200, ignore_eos=True))
+    run_until(engine, stopper.begun)
+    events = [event for _ in range(5) for event in engine.step()]
+    assert [event.request_id for event in events if isinstance(event, BlockEvent)] == [other] * 5
+    assert not any(isinstance(event, ImageDone) for event in events)
+    stopper.go.set()
+    (event,) = engine.run_to_end([number])
+    np.testing.assert_array_equal(np.asarray(event.output.image.image), np.asarray(expected.image))
+    np.testing.assert_array_equal(event.output.blocks, expected.blocks)
+    assert stopper.threads[0].startswith("kelix-jobs")
+    engine.abort(other)
+    engine.step()
+    assert_idle(engine)
+
+
+def test_an_abort_while_a_picture_is_made(drawing: Any) -> None:
+    engine, stopper, number, expected = drawing
+    engine.add_request([5, 6], SamplingParams(0.0, max_blocks=200, ignore_eos=True))
+    run_until(engine, stopper.begun)
+    output = engine.abort(number)
+    assert output.finish_reason == "abort"
+    assert output.image is None
+    np.testing.assert_array_equal(output.blocks, expected.blocks)
+    stopper.go.set()
+    engine.abort(number + 1)
+    engine.step()
+    assert_idle(engine)
+
+
+def test_a_picture_that_fails_fails_its_drawing_alone(
+    drawing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _, number, _ = drawing
+
+    def broken(pixels: object) -> None:
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr("kelix_rt.runner.to_picture", broken)
+    other = engine.add_request([5, 6], SAMPLING)
+    failed, fine = engine.run_to_end([number, other])
+    assert isinstance(failed, RequestFailed)
+    assert "no room" in str(failed.error)
+    assert isinstance(fine, RequestDone)
+    assert_idle(engine)
