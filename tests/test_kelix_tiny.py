@@ -124,7 +124,8 @@ def test_it_draws_what_codes_and_prompts_say(engine: Engine) -> None:
     assert painted["colour"]["accuracy"] >= 0.8 and painted["background"]["accuracy"] >= 0.9
     samples = [make_sample("test", index) for index in range(40)]
     drawn = judged(samples, drawings(engine, samples, amounts))
-    assert drawn["background"]["accuracy"] >= 0.9 and drawn["count"]["accuracy"] >= 0.5
+    assert drawn["background"]["accuracy"] >= 0.9 and drawn["count"]["accuracy"] >= 0.65
+    assert drawn["shape"]["accuracy"] >= 0.6
 
 
 LOAD = """
