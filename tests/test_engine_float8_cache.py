@@ -26,6 +26,7 @@ from tests.engine_helpers import (
 )
 from tests.graph_tape import record
 from tests.test_engine import prompts_of_many
+from tests.test_kelix_tiny import GREEDY as SHORT
 from tests.test_kelix_tiny import prompts as world_prompts
 
 MODELS = ("tiny_a", "tiny_b")
@@ -79,16 +80,16 @@ def test_kelix_tiny_answers_alike() -> None:
         Engine.from_pretrained(BUNDLED, device="cpu", dtype="float32", kv_dtype=kind)
         for kind in ("auto", "fp8")
     ]
-    asked, expected = (part[:64] for part in world_prompts(engines[0]))
+    asked, expected = (part[:24] for part in world_prompts(engines[0]))
     exact, rounded = (
-        [(output.text or "").strip() for output in engine.generate(asked, GREEDY)]
+        [(output.text or "").strip() for output in engine.generate(asked, SHORT)]
         for engine in engines
     )
     assert sum(a == b for a, b in zip(exact, rounded, strict=True)) >= 0.95 * len(asked)
     right = [
         sum(a == b for a, b in zip(found, expected, strict=True)) for found in (exact, rounded)
     ]
-    assert right[1] >= right[0] - 3
+    assert right[1] >= right[0] - 1
 
 
 OPTIONS = (
