@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-from kelix_rt import Engine
-from tests.queues import LateQueue, Load, as_on_a_gpu
+# Nothing here imports the package before a test needs it: the harness of tests/simt puts operators
+# of its own in the place of those that kelix_rt.ops loads.
+if TYPE_CHECKING:
+    from kelix_rt import Engine
+    from tests.queues import LateQueue, Load
 
 # The same examples in every run, and no deadline that a busy machine would miss.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -32,6 +35,8 @@ def _one_thread() -> None:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     """Loads engines that overlap as on a GPU, over a device that does nothing before its time."""
+    from kelix_rt import Engine
+    from tests.queues import LateQueue, as_on_a_gpu
 
     def loaded(path: Path | str, **options: Any) -> tuple[Engine, LateQueue]:
         queue = LateQueue()
