@@ -66,8 +66,8 @@ class PictureBatch:
 def equal_tokens(views: Sequence[View], rng: random.Random) -> Tensor:
     """int64 [m, 2]: pairs of tokens of the same pixels, at any place of any of the views.
 
-    A token stands in two pairs at most, and so do `ALIKE` tokens of the same pixels: else the empty
-    ones would be nearly all.
+    Of tokens of the same pixels `ALIKE` at most are taken, each into two pairs: else nearly all
+    pairs would be of empty tokens.
     """
     pixels = torch.cat([_token_pixels(view) for view in views])
     kinds = torch.unique(pixels, dim=0, return_inverse=True)[1].tolist()
