@@ -14,6 +14,7 @@ from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.loading import choose_device
 from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.evaluate import Amounts, show
+from kelix_rt.train.lanes import ROUNDS, run_rounds
 from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
 from kelix_rt.train.recipe import CPU, GPU
 
@@ -88,9 +89,16 @@ def everything(
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
-    """Train every part, export and evaluate. Resumes where it was interrupted."""
+    """Train every part, export and evaluate. Resumes where it was interrupted.
+
+    On a CPU of two or more threads parts that do not need each other run beside each other.
+    """
     run = pipeline(out, device, budget, seed, threads)
-    run.train_all()
+    if run.device.type == "cpu" and torch.get_num_threads() > 1:
+        options = ("--out", str(out), "--device", "cpu", "--budget", str(budget))
+        run_rounds(ROUNDS, (*options, "--seed", str(seed)), torch.get_num_threads())
+    else:
+        run.train_all()
     size = run.export()
     Console().print(f"{run.checkpoint}: {size / 1e6:.1f} MB")
     show(run.evaluate(Amounts(side=run.recipe.sizes.side, seed=seed).scaled(budget)), Console())

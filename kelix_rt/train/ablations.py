@@ -111,7 +111,7 @@ def measure(trainer: TokenizerTrainer, pictures: int) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for first in range(0, pictures, _TOGETHER):
         part = scenes[first : first + _TOGETHER]
-        batch = trainer.views.pictures(part, trainer.recipe.sizes.side, MEASURED_TASK, rng)
+        batch = trainer.views.pictures(part, (), trainer.recipe.sizes.side, MEASURED_TASK, rng)
         losses = trainer.losses(batch, continuous=False)
         values = {name: float(losses[name]) for name in ("text", "pixels")}
         for name, value in (values | trainer.label_accuracy()).items():

@@ -18,6 +18,7 @@ from kelix_rt.train.pictures import ALL_SCENES, scene_of, to_images, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
 from kelix_rt.train.sheet import picture_rows
 from kelix_rt.train.world import draw
+from kelix_rt.train.world_scene import Scene, strange
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -108,7 +109,10 @@ class AutoencoderTrainer:
         """Parts of pictures [B, 3, h, w] float32 in -1..1 of step `step`, on the CPU."""
         rng = random.Random(f"kelix autoencoder {self.recipe.seed} {name} {step}")
         count, sizes = self.recipe.autoencoder[name].batch, self.recipe.sizes
-        pixels = self._pictures([rng.randrange(ALL_SCENES) for _ in range(count)])
+        scenes = [scene_of(rng.randrange(ALL_SCENES), self.recipe.seed) for _ in range(count)]
+        pixels = self._drawn(
+            [*scenes[count // 4 :], *(strange(s, rng) for s in scenes[: count // 4])]
+        )
         size = min(CROP, sizes.drawn_side)
         starts = range(0, sizes.drawn_side - size + 1, sizes.latent_rate)
         parts = []
@@ -145,8 +149,10 @@ class AutoencoderTrainer:
         twin.to(dtype).save_pretrained(str(directory))
 
     def _pictures(self, indices: Sequence[int]) -> Tensor:
-        side, seed = self.recipe.sizes.drawn_side, self.recipe.seed
-        return to_pixels([draw(scene_of(i, seed), side) for i in indices])
+        return self._drawn([scene_of(i, self.recipe.seed) for i in indices])
+
+    def _drawn(self, scenes: Sequence[Scene]) -> Tensor:
+        return to_pixels([draw(scene, self.recipe.sizes.drawn_side) for scene in scenes])
 
     @torch.no_grad()
     def _show(self, name: str, step: int) -> None:

@@ -172,6 +172,18 @@ def _shown(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document
     return chats.lines(subject.seen(rng), _some(subject.scene, rng, 12))
 
 
+def _strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """`_shown` of things whose colours, or else shapes, have no name."""
+    scene, picture = subject.stranger()
+    return chats.lines(picture, _some(scene, rng, 12))
+
+
+def _strange_questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The same as a chat."""
+    scene, picture = subject.stranger()
+    return chats.answers(picture, _some(scene, rng, 8))
+
+
 def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """Interleaved picture and caption, in either order."""
     parts = [chats.image, caption(subject.scene, rng)]
@@ -243,6 +255,8 @@ TASKS: Mapping[str, Task] = {
     "text": _text,
     "told": _told,
     "shown": _shown,
+    "strange": _strange,
+    "strange questions": _strange_questions,
     "told relations": _told_relations,
     "shown relations": _shown_relations,
     "pair": _pair,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from kelix_rt.stages.denoise import sample
 from kelix_rt.stages.schedules import TRAIN_STEPS
 from kelix_rt.train.chats import ChatBuilder, Document, drawing
 from kelix_rt.train.detokenizer_start import look_where_it_lies
+from kelix_rt.train.language import STAGES as LANGUAGE_STAGES
 from kelix_rt.train.language import pack
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, scene_of, to_images
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
 STAGES = ("1", "2")
+# Stage of the language model that each stage reads: the first one need not wait for the last.
+READS = {"1": "2.2", "2": LANGUAGE_STAGES[-1]}
 SHIFT = 3.0
+# How often pictures as they are, plain ones that answer requests, and strange ones are drawn.
+SHARES, ANSWERS = (0.3, 0.5, 0.2), 1
 _TOGETHER, _STARTED_FROM = 32, 256
 SHOWN, SHOWN_EVERY, SHOWN_STEPS = 8, 500, 12  # pictures on a sheet, steps between, denoise steps
 
@@ -111,10 +116,11 @@ def flow_loss(
 
 @dataclass(frozen=True)
 class DetokenizerTrainer:
-    """Everything the stages of the DiT need. latents: [2 * pictures, C, h, w], of pictures as they
-    are and then of the same plain, in the DiT's scale.
+    """Everything the stages of the DiT need. latents: [3 * pictures, C, h, w] as `encode_latents`
+    gives them: of pictures as they are, plain, and strange.
 
-    A picture as it is stands alone, as `Engine.reconstruct` has it; a plain one answers a request.
+    A plain picture answers a request; the others stand alone, as `Engine.reconstruct` has them.
+    language: folder of the language model's checkpoints. model: what they are loaded into.
     vae: what the latents are of, to show what is drawn.
     """
 
@@ -125,6 +131,7 @@ class DetokenizerTrainer:
     latents: Tensor
     vae: AutoencoderDC
     recipe: Recipe
+    language: Path
     out: Path
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
@@ -136,10 +143,14 @@ class DetokenizerTrainer:
             raise ValueError("DetokenizerTrainer.run: no stage was named")
         return result
 
-    @cached_property
-    def picture_conditions(self) -> tuple[Tensor, Tensor]:
-        """Conditions [2 * pictures, L, D] bfloat16 and masks [2 * pictures, L] in the order of the
-        latents, on the model's device. Made once: the language model is frozen."""
+    def read_pictures(self, name: str) -> tuple[Tensor, Tensor]:
+        """Conditions [3 * pictures, L, D] bfloat16 and masks [3 * pictures, L] of stage `name` in
+        the order of the latents, on the model's device.
+
+        Raises ConfigError where the language model's checkpoint is missing.
+        """
+        load_modules(self.language / f"language-{READS[name]}.pt", {"model": self.model})
+        self.model.requires_grad_(False)
         length = len(self.dit.y_embedding)
         found = []
         indices = range(len(self.latents))
@@ -149,22 +160,27 @@ class DetokenizerTrainer:
             found.append((embeds.bfloat16(), mask))
         return torch.cat([embeds for embeds, _ in found]), torch.cat([mask for _, mask in found])
 
-    def batch(self, name: str, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, conditions and masks of one step."""
+    def indices(self, name: str, step: int) -> list[int]:
+        """Which latents one step learns from."""
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {name} {step}")
-        size = self.recipe.detokenizer[name].batch
-        return self._targets([rng.randrange(len(self.latents)) for _ in range(size)])
+        size, count = self.recipe.detokenizer[name].batch, self.pictures.count
+        kinds = rng.choices(range(len(SHARES)), SHARES, k=size)
+        return [kind * count + rng.randrange(count) for kind in kinds]
 
-    def _targets(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        condition, mask = self.picture_conditions
+    def targets(
+        self, read: tuple[Tensor, Tensor], indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents float32, conditions and masks of these indices; read: of `read_pictures`."""
+        condition, mask = read
         clean = self.latents[indices].to(self.dit.device, torch.float32)
         return clean, condition[indices].float(), mask[indices]
 
     def _document(self, number: int) -> Document:
         """What the language model reads of latent `number`."""
-        if number < self.pictures.count:
-            return self.chats.plain(self.chats.image, [self.pictures.drawing(number)])
-        index = number - self.pictures.count
+        kind, index = divmod(number, self.pictures.count)
+        if kind != ANSWERS:
+            alone = self.pictures.stranger if kind else self.pictures.drawing
+            return self.chats.plain(self.chats.image, [alone(index)])
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
         request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.answer(index))
@@ -179,13 +195,13 @@ class DetokenizerTrainer:
         places[: len(flags)][flags] = grid_positions(rows, columns) * side // scale
         return places
 
-    def _show(self, name: str, step: int) -> None:
+    def _show(self, read: tuple[Tensor, Tensor], name: str, step: int) -> None:
         """Every so often: decoded latents above what is drawn, as detokenizer-<stage>.png."""
         if step % SHOWN_EVERY and step != self.recipe.detokenizer[name].steps:
             return
         half, count = SHOWN // 2, self.pictures.count
         shown = [start + i for start in (0, count) for i in range(min(half, count))]
-        clean, condition, mask = self._targets(shown)
+        clean, condition, mask = self.targets(read, shown)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
         drawn = sample(self.dit, condition, mask, noise, SHOWN_STEPS)[-1]
         rows = [to_images(decode(self.vae, latent)) for latent in (clean, drawn)]
@@ -194,17 +210,16 @@ class DetokenizerTrainer:
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, dit = self.recipe.detokenizer[name], self.dit
         order = STAGES.index(name)
+        read = cache(lambda: self.read_pictures(name))  # a finished stage needs none
         if order:
             load_modules(self.out / f"detokenizer-{STAGES[order - 1]}.pt", {"dit": dit})
         elif not (self.out / f"detokenizer-{name}.pt").exists():
             places = self._places().to(dit.device)
-            embeds, _ = self.picture_conditions
-            look_where_it_lies(dit, embeds[:_STARTED_FROM].float(), places, self.recipe.seed)
-        self.model.requires_grad_(False)
+            look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
         dropout = dit.config.class_dropout_prob
 
         def loss_fn(step: int) -> dict[str, Tensor]:
-            return flow_loss(dit, *self.batch(name, step), dropout)
+            return flow_loss(dit, *self.targets(read(), self.indices(name, step)), dropout)
 
         return run_stage(
             f"detokenizer-{name}",
@@ -219,6 +234,6 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch),
-            on_log=lambda step: self._show(name, step),
+            on_log=lambda step: self._show(read(), name, step),
             **options,
         )

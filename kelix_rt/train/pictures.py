@@ -21,7 +21,7 @@ from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
 from kelix_rt.train.states import write_whole
 from kelix_rt.train.world import WORLD_VERSION, draw, make_scene
-from kelix_rt.train.world_scene import Scene, plain
+from kelix_rt.train.world_scene import Scene, plain, strange
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -43,13 +43,15 @@ class PictureCodes:
     """Codes of train pictures 0 .. count - 1.
 
     drawn: int16 [count, T, N] at the side that drawings have. plain: the same of the scenes without
-    their nuisances (`plain`). other: codes at one further side per picture: side -> int16 [pictures
-    with this side, T', N]; picture i has other_sides[i % len].
+    their nuisances (`plain`). strange: the same of their strange twins (`strange_twin`).
+    other: codes at one further side per picture: side -> int16 [pictures with this side, T', N];
+    picture i has other_sides[i % len].
     to_ids: codes [T, N] -> ids of the unified vocabulary.
     """
 
     drawn: Tensor
     plain: Tensor
+    strange: Tensor
     other: Mapping[int, Tensor]
     side: int
     patch: int
@@ -67,6 +69,10 @@ class PictureCodes:
     def answer(self, index: int) -> CodedPicture:
         """What a request for picture `index` is answered with: its scene, plain."""
         return self._coded(self.plain[index], self.side)
+
+    def stranger(self, index: int) -> CodedPicture:
+        """Its scene's strange twin."""
+        return self._coded(self.strange[index], self.side)
 
     def seen(self, index: int, rng: random.Random) -> CodedPicture:
         """Picture `index` at any side: a third of the time not the one of drawings."""
@@ -97,6 +103,10 @@ class Subject:
         """What a request for the scene is answered with."""
         return self.codes.answer(self.index)
 
+    def stranger(self) -> tuple[Scene, CodedPicture]:
+        """The scene's strange twin and its picture."""
+        return strange_twin(self.scene), self.codes.stranger(self.index)
+
     def seen(self, rng: random.Random) -> CodedPicture:
         """The picture at any side."""
         return self.codes.seen(self.index, rng)
@@ -105,6 +115,11 @@ class Subject:
 def scene_of(index: int, seed: int) -> Scene:
     """The scene of training picture `index`."""
     return make_scene("train", index, seed)
+
+
+def strange_twin(scene: Scene) -> Scene:
+    """The scene with unnamed colours or shapes, always the same."""
+    return strange(scene, random.Random(scene.variation))
 
 
 def encode_pictures(
@@ -130,6 +145,7 @@ def encode_pictures(
         found = {
             "drawn": _codes(tokenizer, images, scenes, side),
             "plain": _codes(tokenizer, images, [plain(scene) for scene in scenes], side),
+            "strange": _codes(tokenizer, images, [strange_twin(scene) for scene in scenes], side),
         }
         for number, other in enumerate(other_sides):
             own = scenes[number :: len(other_sides)]
@@ -143,19 +159,21 @@ def encode_pictures(
     def to_ids(codes: Tensor) -> Tensor:
         return tokenizer.global_ids(codes, vocab).cpu()
 
-    return PictureCodes(stored["drawn"], stored["plain"], other, side, images.patch_size, to_ids)
+    return PictureCodes(
+        stored["drawn"], stored["plain"], stored["strange"], other, side, images.patch_size, to_ids
+    )
 
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: Path) -> Tensor:
-    """Latents bfloat16 [2 * count, C, h, w] in the DiT's scale of the train pictures as they are,
-    and behind them of the same pictures plain; cached."""
+    """Latents bfloat16 [3 * count, C, h, w] in the DiT's scale, cached: of the train pictures as
+    they are, of the same pictures plain, and of their strange twins."""
     parameter = next(vae.parameters())
 
     def make() -> dict[str, Tensor]:
         scenes = [scene_of(index, seed) for index in range(count)]
         parts = []
-        for batch in _batches([*scenes, *map(plain, scenes)]):
+        for batch in _batches([*scenes, *map(plain, scenes), *map(strange_twin, scenes)]):
             pixels = to_pixels([draw(scene, side) for scene in batch])
             latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent
             parts.append((latent.float() * vae.config.scaling_factor).bfloat16().cpu())

@@ -47,6 +47,8 @@ STAGES = {
     "language": language_part.STAGES,
     "detokenizer": detokenizer_part.STAGES,
 }
+# What a finished part makes for the later ones.
+MAKES = {"autoencoder": "latents", "tokenizer": "pictures"}
 
 
 @dataclass
@@ -64,7 +66,10 @@ class Pipeline:
         is missing.
         """
         trainer: Any = getattr(self, f"_{part}_trainer")
-        trainer.run(STAGES[part] if stages is None else stages, **options)
+        asked = STAGES[part] if stages is None else stages
+        trainer.run(asked, **options)
+        if STAGES[part][-1] in asked and part in MAKES:
+            getattr(self, MAKES[part])
 
     def train_all(self, **options: Any) -> None:
         """All stages of all parts; what is finished is only loaded."""
@@ -197,12 +202,10 @@ class Pipeline:
     @cached_property
     def _detokenizer_trainer(self) -> detokenizer_part.DetokenizerTrainer:
         model = self._new_language_model()
-        path = self.out / "language" / f"language-{language_part.STAGES[-1]}.pt"
-        load_modules(path, {"model": model})
         dit = new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
         return detokenizer_part.DetokenizerTrainer(
             dit, model.eval(), self.chats, self.pictures, self.latents, self.vae, self.recipe,
-            self.out / "detokenizer",
+            self.out / "language", self.out / "detokenizer",
         )  # fmt: skip
 
 

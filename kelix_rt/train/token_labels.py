@@ -14,11 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kelix_rt.train.world_draw import BAND_HEIGHTS, CELL_CENTRES, DIAMETERS, word_font
-from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, WORDS, Scene, Thing
+from kelix_rt.train.world_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    UNNAMED,
+    WORDS,
+    Scene,
+    Thing,
+)
 
 LETTERS = tuple(sorted(set("".join(WORDS))))
 KINDS = ("shape", "colour", "size", "word", "letter", "background")
-# A token's labels: class 0 of all but the last means that nothing of the kind lies there.
+# A token's labels: class 0 of all but the last means that nothing of the kind lies there, IGNORED
+# (cross_entropy's own default) that what lies there has no name.
+IGNORED = -100
 CLASSES = (
     *(len(names) + 1 for names in (SHAPES, COLOURS, SIZES, WORDS, LETTERS)),
     len(BACKGROUNDS),
@@ -86,7 +97,7 @@ class LabelHead(nn.Module):
 
 def _thing_classes(thing: Thing) -> Sequence[int]:
     names = ((SHAPES, thing.shape), (COLOURS, thing.colour), (SIZES, thing.size))
-    return [known.index(name) + 1 for known, name in names]
+    return [IGNORED if name == UNNAMED else known.index(name) + 1 for known, name in names]
 
 
 @cache

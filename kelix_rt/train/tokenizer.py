@@ -40,13 +40,14 @@ from kelix_rt.train.token_pixels import PixelHead, token_pixels
 from kelix_rt.train.views import PictureBatch, Views
 from kelix_rt.train.vision_start import new_vision_tokenizer, whiten_patches
 from kelix_rt.train.world import Split, draw, make_scene
-from kelix_rt.train.world_scene import Scene
+from kelix_rt.train.world_scene import Scene, strange
 from kelix_rt.weights import split_weights
 
 STAGES = ("warmup", "1", "2", "3")
 CONTINUOUS = "warmup"  # the stage without a quantizer
 QUIET = "3"  # the stage with twins
 TWIN_WEIGHT = 3.0
+STRANGE = 1 / 3  # share of scenes whose things have no name for their colour or for their shape
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
 WHITENED = 150  # pictures whose patches the patch embedding starts from
@@ -122,10 +123,13 @@ class TokenizerTrainer:
         count, sizes = self.recipe.tokenizer[name].batch, self.recipe.sizes
         endless = (scene_of(rng.randrange(ALL_SCENES), self.recipe.seed) for _ in repeat(None))
         if name == CONTINUOUS:
-            return self.views.close_ups(endless, count, sizes.side, rng)
+            mixed = (strange(s, rng) if rng.random() < STRANGE else s for s in endless)
+            return self.views.close_ups(mixed, count, sizes.side, rng)
         side = rng.choice((sizes.side, *sizes.other_sides))
         views = self.views.twins if name == QUIET else self.views.pictures
-        return views(list(islice(endless, count)), side, TASKS[name], rng)
+        scenes = list(islice(endless, count))
+        strangers = [strange(scene, rng) for scene in islice(endless, round(count * STRANGE))]
+        return views(scenes, strangers, side, TASKS[name], rng)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
         """loss = text (next token) + labels + pixels + sight + vq + twins.

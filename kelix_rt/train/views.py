@@ -16,7 +16,7 @@ from kelix_rt.train.token_labels import token_labels
 from kelix_rt.train.world_draw import coverage, draw
 from kelix_rt.train.world_scene import CELLS, Scene, plain
 
-ALIKE = 4
+ALIKE = 12
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,34 @@ class Views:
         self._end_id = text.token_id("<|im_end|>")
 
     def pictures(
-        self, scenes: Sequence[Scene], side: int, task: tuple[int, bool], rng: random.Random
+        self,
+        scenes: Sequence[Scene],
+        unread: Sequence[Scene],
+        side: int,
+        task: tuple[int, bool],
+        rng: random.Random,
     ) -> PictureBatch:
-        """Whole pictures of one side in pixels.
+        """Whole pictures of one side in pixels: first those that are read, then `unread` ones.
 
         task: how many questions are asked of each, and whether a caption follows.
         """
-        return PictureBatch.of(
-            [self._whole(scene, side) for scene in scenes], self._readings(scenes, task, rng)
-        )
+        views = [self._whole(scene, side) for scene in (*scenes, *unread)]
+        return PictureBatch.of(views, self._readings(scenes, task, rng))
 
     def twins(
-        self, scenes: Sequence[Scene], side: int, task: tuple[int, bool], rng: random.Random
+        self,
+        scenes: Sequence[Scene],
+        unread: Sequence[Scene],
+        side: int,
+        task: tuple[int, bool],
+        rng: random.Random,
     ) -> PictureBatch:
-        """`pictures`, half of them plain, and behind them unread ones of things of theirs at other
-        places."""
+        """`pictures`, half of those that are read plain, and behind all of them unread ones of
+        things of theirs at other places."""
         plains = [plain(scene) for scene in scenes[: len(scenes) // 2]]
         scenes = [*plains, *scenes[len(plains) :]]
         moved = [_moved(scene, rng) for scene in plains]
-        views = [self._whole(scene, side) for scene in (*scenes, *moved)]
+        views = [self._whole(scene, side) for scene in (*scenes, *unread, *moved)]
         return PictureBatch.of(views, self._readings(scenes, task, rng), equal_tokens(views, rng))
 
     def _readings(

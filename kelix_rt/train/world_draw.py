@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.world_scene import Scene, Thing
+from kelix_rt.train.world_scene import UNNAMED, Scene, Thing
 
 Colour = tuple[int, int, int]
 Polygon = list[tuple[float, float]]
@@ -30,6 +30,10 @@ COLOUR_VALUES: dict[str, Colour] = {
     "purple": (130, 45, 175),
     "pink": (248, 130, 185),
 }
+# Unnamed colours lie about half way between two that are at most so far apart in this circle.
+HUES_APART = 2
+NEAREST_NAME = 36.0  # least RGB distance of an unnamed colour from every named one
+UNNAMED_SHAPES = ("pentagon", "half", "arrow", "house", "bar", "corner", "drop")
 BACKGROUND_VALUES: dict[str, Colour] = {
     "white": (246, 246, 246),
     "gray": (140, 140, 140),
@@ -102,6 +106,38 @@ def shape_outline(shape: str) -> tuple[Polygon, ...]:
         "diamond": ([(0.0, -0.54), (0.46, 0.0), (0.0, 0.54), (-0.46, 0.0)],),
         "star": (_star(0.56, 0.25),),
         "cross": (_cross(0.5, 0.17),),
+        "pentagon": (_regular(5, 0.54),),
+        "half": (
+            [
+                (0.5 * math.cos(a * math.pi / 24), 0.25 - 0.5 * math.sin(a * math.pi / 24))
+                for a in range(25)
+            ],
+        ),
+        "arrow": (
+            [
+                (0.0, -0.5),
+                (0.45, 0.0),
+                (0.18, 0.0),
+                (0.18, 0.5),
+                (-0.18, 0.5),
+                (-0.18, 0.0),
+                (-0.45, 0.0),
+            ],
+        ),
+        "house": ([(0.0, -0.5), (0.42, -0.1), (0.42, 0.45), (-0.42, 0.45), (-0.42, -0.1)],),
+        "bar": ([(-0.5, -0.2), (0.5, -0.2), (0.5, 0.2), (-0.5, 0.2)],),
+        "corner": (
+            [(-0.45, -0.45), (-0.1, -0.45), (-0.1, 0.1), (0.45, 0.1), (0.45, 0.45), (-0.45, 0.45)],
+        ),
+        "drop": (
+            [
+                (0.0, -0.55),
+                *(
+                    (0.4 * math.cos(a), 0.13 + 0.4 * math.sin(a))
+                    for a in (math.pi * i / 12 for i in range(-2, 15))
+                ),
+            ],
+        ),
     }
     return outlines[shape]
 
@@ -139,15 +175,30 @@ def word_font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
+def unnamed_colour(rng: random.Random) -> Colour:
+    """A colour about half way between two neighbours among the named ones, and none of them."""
+    known = [np.array(value) for value in COLOUR_VALUES.values()]
+    while True:
+        first = rng.randrange(len(known))
+        other = (first + rng.randint(1, HUES_APART)) % len(known)
+        share = rng.uniform(0.35, 0.65)
+        found = (1 - share) * known[first] + share * known[other]
+        if min(float(np.linalg.norm(found - value)) for value in known) >= NEAREST_NAME:
+            red, green, blue = (round(float(value)) for value in found)
+            return red, green, blue
+
+
 def _draw_thing(picture: Image.Image, thing: Thing, rng: random.Random) -> None:
     side = picture.width
     centre = [side * _shifted(c, SHIFTS[thing.size], rng) for c in CELL_CENTRES[thing.cell]]
     diameter = side * DIAMETERS[thing.size] * rng.uniform(0.94, 1.06)
     turn = rng.uniform(-TURN, TURN)
     whole = [math.floor(c) for c in centre]
-    mask = shape_mask(thing.shape, diameter, turn, (centre[0] - whole[0], centre[1] - whole[1]))
+    shape = rng.choice(UNNAMED_SHAPES) if thing.shape == UNNAMED else thing.shape
+    mask = shape_mask(shape, diameter, turn, (centre[0] - whole[0], centre[1] - whole[1]))
     half = mask.width // 2
-    colour = _tinted(COLOUR_VALUES[thing.colour], 12, rng)
+    named = thing.colour != UNNAMED
+    colour = _tinted(COLOUR_VALUES[thing.colour] if named else unnamed_colour(rng), 12, rng)
     picture.paste(colour, (whole[0] - half, whole[1] - half), mask)
 
 

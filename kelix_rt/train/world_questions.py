@@ -14,6 +14,7 @@ from kelix_rt.train.world_scene import (
     COLOURS,
     OPPOSITES,
     SHAPES,
+    UNNAMED,
     WORDS,
     Scene,
     Thing,
@@ -92,14 +93,17 @@ def _ask(kind: str, answer: str, rng: random.Random, many: bool = False, **names
 
 
 def _by(things: Sequence[Thing], name: Callable[[Thing], str]) -> dict[str, list[Thing]]:
+    """Things by what `name` calls them; those it has no name for are left out."""
     found: dict[str, list[Thing]] = {}
     for thing in things:
-        found.setdefault(name(thing), []).append(thing)
+        if called := name(thing):
+            found.setdefault(called, []).append(thing)
     return found
 
 
 def _colour(scene: Scene, rng: random.Random) -> list[Question]:
-    groups = [g for g in _by(scene.things, _shape_name).items() if len(set(map(_hue, g[1]))) == 1]
+    groups = [g for g in _groups(scene, _shape_name, "shape") if len(set(map(_hue, g[1]))) == 1]
+    groups = [g for g in groups if _hue(g[1][0])]
     if not groups:
         return []
     shape, group = rng.choice(groups)
@@ -108,13 +112,22 @@ def _colour(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _shape(scene: Scene, rng: random.Random) -> list[Question]:
-    groups = [g for g in _by(scene.things, _hue).items() if len(set(map(_shape_name, g[1]))) == 1]
+    groups = [g for g in _groups(scene, _hued, "colour") if len(set(map(_shape_name, g[1]))) == 1]
+    groups = [g for g in groups if _shape_name(g[1][0])]
     if not groups:
         return []
-    colour, group = rng.choice(groups)
+    noun, group = rng.choice(groups)
     many = len(group) > 1
-    noun = f"{colour} {'objects' if many else 'object'}"
-    return [_ask("shape", group[0].shape, rng, many, noun=noun)]
+    return [_ask("shape", group[0].shape, rng, many, noun=plural(noun) if many else noun)]
+
+
+def _groups(
+    scene: Scene, name: Callable[[Thing], str], attribute: str
+) -> list[tuple[str, list[Thing]]]:
+    """Things by name; where the attribute of all of them is unnamed, all together as objects."""
+    if scene.things and all(getattr(thing, attribute) == UNNAMED for thing in scene.things):
+        return [("object", list(scene.things))]
+    return list(_by(scene.things, name).items())
 
 
 def _count(scene: Scene, rng: random.Random) -> list[Question]:
@@ -127,12 +140,7 @@ def _count(scene: Scene, rng: random.Random) -> list[Question]:
 
 def _countable(scene: Scene) -> dict[str, int]:
     """Nouns for things of the scene and how many they name."""
-    names: tuple[Callable[[Thing], str], ...] = (
-        lambda t: "object",
-        lambda t: t.shape,
-        lambda t: f"{t.colour} object",
-        lambda t: " ".join(t.look),
-    )
+    names = (lambda _: "object", _shape_name, _hued, _look)
     return {noun: len(group) for name in names for noun, group in _by(scene.things, name).items()}
 
 
@@ -146,8 +154,8 @@ def _relation(scene: Scene, rng: random.Random) -> list[Question]:
     # Of three or more things, several could be left of one.
     if len(scene.things) == 2 and rng.random() < 0.3:
         phrase = rng.choice(RELATION_PHRASES[relation])
-        noun = " ".join(second.look)
-        return [_ask("neighbour", a(" ".join(first.look)), rng, relation=phrase, noun=noun)]
+        noun = _precisely(second)
+        return [_ask("neighbour", a(_precisely(first)), rng, relation=phrase, noun=noun)]
     noun, other = _name(first, scene, rng), _name(second, scene, rng)
     return [_ask("relation", relation, rng, noun=noun, other=other)]
 
@@ -166,7 +174,7 @@ def _size(scene: Scene, rng: random.Random) -> list[Question]:
         return []
     group = rng.choice(groups)
     many = len(group) > 1
-    noun = plural(" ".join(group[0].look)) if many else _name(group[0], scene, rng)
+    noun = plural(_precisely(group[0])) if many else _name(group[0], scene, rng)
     return [_ask("size", group[0].size, rng, many, noun=noun)]
 
 
@@ -176,9 +184,9 @@ def _word(scene: Scene, rng: random.Random) -> list[Question]:
 
 def _name(thing: Thing, scene: Scene, rng: random.Random) -> str:
     """A noun that names one thing only: by its look, or shorter where that is enough."""
-    names = [" ".join(thing.look)]
+    names = [_precisely(thing)]
     counts = _countable(scene)
-    names += [n for n in (thing.shape, f"{thing.colour} object") if counts[n] == 1]
+    names += [n for n in (_shape_name(thing), _hued(thing)) if counts.get(n) == 1]
     return names[0] if rng.random() < 0.5 else rng.choice(names)
 
 
@@ -208,6 +216,8 @@ Statements = tuple[list[str], list[tuple[str, Combination | None]]]
 
 def _is_there(scene: Scene, rng: random.Random) -> Statements:
     present = list(scene.groups())
+    if any(UNNAMED in look for look in present):
+        return [], []
     # Near misses half of the time: the colour or the shape is there, not both in one thing.
     colours = [c for c, _ in present] if rng.random() < 0.5 else COLOURS
     shapes = SHAPES if colours is not COLOURS else [s for _, s in present]
@@ -223,6 +233,7 @@ def _is_there(scene: Scene, rng: random.Random) -> Statements:
 
 def _is_colour(scene: Scene, rng: random.Random) -> Statements:
     single = [g[0] for g in _by(scene.things, _shape_name).values() if len(g) == 1]
+    single = [thing for thing in single if _hue(thing)]
     true = [f"is the {t.shape} {t.colour}?" for t in single]
     false = [
         (f"is the {t.shape} {colour}?", look_combination(colour, t.shape))
@@ -281,8 +292,21 @@ def _is_background(scene: Scene, rng: random.Random) -> Statements:
 
 
 def _shape_name(thing: Thing) -> str:
-    return thing.shape
+    return "" if thing.shape == UNNAMED else thing.shape
 
 
 def _hue(thing: Thing) -> str:
-    return thing.colour
+    return "" if thing.colour == UNNAMED else thing.colour
+
+
+def _hued(thing: Thing) -> str:
+    return f"{thing.colour} object" if _hue(thing) else ""
+
+
+def _look(thing: Thing) -> str:
+    return "" if UNNAMED in thing.look else " ".join(thing.look)
+
+
+def _precisely(thing: Thing) -> str:
+    """The name that says most of it."""
+    return _look(thing) or _shape_name(thing) or _hued(thing)

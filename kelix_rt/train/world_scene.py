@@ -5,6 +5,7 @@ A scene is data only: it knows neither pixels nor words.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ WORLD_VERSION = 1
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+# A colour or a shape that no text names; the scene's variation decides which one is drawn.
+UNNAMED = "unnamed"
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "gray", "black", "tan", "navy", "mint")
 CELLS = ("top left", "top right", "bottom left", "bottom right", "center")
@@ -33,7 +36,10 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene: shape, colour, size and the cell it lies in."""
+    """One object of a scene: shape, colour, size and the cell it lies in.
+
+    Shape or colour may be `UNNAMED`.
+    """
 
     shape: str
     colour: str
@@ -41,8 +47,8 @@ class Thing:
     cell: str
 
     def __post_init__(self) -> None:
-        require("Thing", "shape", self.shape, SHAPES)
-        require("Thing", "colour", self.colour, COLOURS)
+        require("Thing", "shape", self.shape, (*SHAPES, UNNAMED))
+        require("Thing", "colour", self.colour, (*COLOURS, UNNAMED))
         require("Thing", "size", self.size, SIZES)
         require("Thing", "cell", self.cell, CELLS)
 
@@ -78,6 +84,8 @@ class Scene:
             raise InputError(
                 f"Scene: things must lie in cells of their own, at most 4, got {cells}"
             )
+        if self.variation is None and any(UNNAMED in thing.look for thing in self.things):
+            raise InputError("Scene: what an unnamed thing looks like needs a variation, got None")
         if "center" in cells and len(cells) > 1:
             raise InputError(f"Scene: a thing in the center must be alone, got {cells}")
         if self.word is not None and any(_crosses(self.band, cell) for cell in cells):
@@ -109,6 +117,17 @@ def plain(scene: Scene) -> Scene:
     """The scene without nuisances. Drawing is taught with these: what no text names is most of a
     picture's codes, and drowns the little that the request decides."""
     return replace(scene, variation=None)
+
+
+def strange(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with the colours of all its things, or else their shapes, replaced by unnamed ones.
+
+    Whoever knows triangles in colours without a name, and yellow in shapes without one, has seen
+    that the two are not tied to each other, and still no yellow triangle.
+    """
+    attribute = rng.choice(("colour", "shape"))
+    things = (replace(thing, **{attribute: UNNAMED}) for thing in scene.things)
+    return replace(scene, things=tuple(things))
 
 
 def relation_between(cell: str, other: str) -> str | None:

@@ -21,6 +21,7 @@ from kelix_rt.train.world_scene import (
     OPPOSITES,
     SHAPES,
     SIZES,
+    UNNAMED,
     WORDS,
     WORLD_VERSION,
     Scene,
@@ -80,12 +81,15 @@ def word_combination(word: str, background: str) -> Combination:
 
 
 def split_of_combination(combination: Combination) -> Split:
-    """The only split in which the combination occurs; "train" for free ones, which occur in all.
+    """The only split in which the combination occurs; "train" for free ones, which occur in all,
+    and for those of something unnamed, which occur in train alone.
 
     Latin squares: each shape misses one colour per held-out split (1/8 of the looks), each word one
     background (1/6), each shape one right-hand or lower neighbour (1/7), three of 21 counts.
     """
     kind, first, second, third = combination
+    if UNNAMED in combination:
+        return "train"
     if kind == "look":
         rest = (COLOURS.index(str(first)) - SHAPES.index(str(second))) % 8
         held_out = {0: "test", 4: "val"}

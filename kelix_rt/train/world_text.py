@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kelix_rt.train.world_scene import CELLS, OPPOSITES, Scene, Thing
+from kelix_rt.errors import InputError
+from kelix_rt.train.world_scene import CELLS, OPPOSITES, UNNAMED, Scene, Thing
 
 # fmt: off
 NUMBERS = (
@@ -185,6 +186,8 @@ def _relation_phrase(
 
 
 def _noun(thing: Thing, sized: bool) -> str:
+    if UNNAMED in thing.look:
+        raise InputError(f"_noun: {thing} has no name, so no caption or request can tell it")
     return f"{thing.size} {thing.colour} {thing.shape}" if sized else " ".join(thing.look)
 
 

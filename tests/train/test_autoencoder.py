@@ -61,7 +61,7 @@ def test_batches_are_parts_of_pictures_at_whole_latents(tmp_path: Path) -> None:
     sizes = replace(SIZES, drawn_side=160, latent_rate=32)
     made = AutoencoderTrainer(replace(RECIPE, sizes=sizes), tmp_path)
     whole = made._pictures([0])
-    made._pictures = lambda indices: whole.expand(len(indices), -1, -1, -1)  # type: ignore
+    made._drawn = lambda scenes: whole.expand(len(scenes), -1, -1, -1)  # type: ignore
     for part in made.batch("1", 0):
         places = [
             (y, x)

@@ -19,6 +19,7 @@ from kelix_rt.train.detokenizer import (
 from kelix_rt.train.detokenizer_start import new_dit
 from kelix_rt.train.language import pack
 from kelix_rt.train.recipe import Sizes, Stage
+from kelix_rt.train.states import load_modules
 from tests.train import tiny
 
 CONFIG = SanaConfig(
@@ -105,18 +106,22 @@ def test_dropout_replaces_the_condition(dropout: float) -> None:
 def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
     stage = Stage(2, 1e-3, 1, 2)
     recipe = tiny.replaced(detokenizer={"1": stage, "2": stage})
-    model, latents = tiny.model(), torch.randn(6, 4, 2, 2).bfloat16()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model, latents = tiny.model(), torch.randn(9, 4, 2, 2).bfloat16()
     dit = new_dit(CONFIG, "cpu", seed=0)
     rows = dit.y_embedding.clone()
     vae = new_autoencoder(Sizes(latent_channels=4), "cpu", 0)
-    trainer = DetokenizerTrainer(
-        dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, vae, recipe, tmp_path / "dit"
-    )
     options: dict[str, Any] = {"log_every": 1, "save_every_seconds": 0.0}
+    tiny.trainer(tmp_path).run(**options)
+    trainer = DetokenizerTrainer(
+        dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, vae, recipe,
+        tmp_path / "language", tmp_path / "dit",
+    )  # fmt: skip
     first = trainer.run(["1"], **options)
     second = trainer.run(["2"], **options)
     assert first.checkpoint.name == "detokenizer-1.pt" and second.steps == 2
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    last = tiny.model(seed=1)
+    load_modules(tmp_path / "language" / "language-4.pt", {"model": last})
+    state = last.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(dit.y_embedding, rows)
     assert float(dit.final.weight.detach().abs().max()) > 0

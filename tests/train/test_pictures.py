@@ -8,7 +8,13 @@ import torch
 
 from kelix_rt.models.vae import load_vae
 from kelix_rt.train import pictures as module
-from kelix_rt.train.pictures import encode_latents, encode_pictures, fingerprint, to_pixels
+from kelix_rt.train.pictures import (
+    encode_latents,
+    encode_pictures,
+    fingerprint,
+    strange_twin,
+    to_pixels,
+)
 from kelix_rt.train.world import draw, make_scene
 from kelix_rt.train.world_scene import plain
 from tests.train import tiny
@@ -25,6 +31,9 @@ def test_codes_are_those_of_the_pictures(tmp_path: Path) -> None:
         pixels, grid = images.patchify(draw(plain(make_scene("train", index, 0)), tiny.SIDE))
         ids = codes.answer(index).ids
         assert torch.equal(ids, tokenizer.global_ids(tokenizer.encode(pixels, grid), 640))
+        pixels, grid = images.patchify(draw(strange_twin(make_scene("train", index, 0)), tiny.SIDE))
+        ids = codes.stranger(index).ids
+        assert torch.equal(ids, tokenizer.global_ids(tokenizer.encode(pixels, grid), 640))
         views = {codes.seen(index, random.Random(i)).grid for i in range(20)}
         assert views == {(1, 4, 4), (1, 6, 6)}
 
@@ -36,7 +45,7 @@ def test_the_cache_is_used_until_something_changes(
     calls = []
     encode = module._codes
     monkeypatch.setattr(module, "_codes", lambda *args: calls.append(args) or encode(*args))
-    per_make = 2  # the pictures as they are, and plain
+    per_make = 3  # the pictures as they are, plain, and strange
 
     def make(count: int) -> torch.Tensor:
         return encode_pictures(tokenizer, tiny.images(), count, 56, (), 640, 0, cache).drawn
@@ -64,9 +73,9 @@ def test_latents_have_the_scale_of_the_dit(golden: Path, tmp_path: Path) -> None
     vae = load_vae(golden / "e2e_dit" / "vae")
     latents = encode_latents(vae, 2, 64, 0, tmp_path / "latents.safetensors")
     scene = make_scene("train", 1, 0)
-    pixels = to_pixels([draw(scene, 64), draw(plain(scene), 64)])
+    pixels = to_pixels([draw(s, 64) for s in (scene, plain(scene), strange_twin(scene))])
     assert float(pixels.min()) >= -1 and float(pixels.max()) <= 1
     with torch.no_grad():
         expected = vae.encode(pixels).latent * vae.config.scaling_factor
-    assert latents.dtype == torch.bfloat16 and len(latents) == 4
+    assert latents.dtype == torch.bfloat16 and len(latents) == 6
     torch.testing.assert_close(latents[1::2], expected.bfloat16(), rtol=2e-2, atol=2e-2)

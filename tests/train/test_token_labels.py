@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from kelix_rt.train.token_labels import CLASSES, LETTERS, LabelHead, token_labels
+from kelix_rt.train.token_labels import CLASSES, IGNORED, LETTERS, LabelHead, token_labels
 from kelix_rt.train.world import draw, make_scenes
-from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, WORDS, Scene, Thing
+from kelix_rt.train.world_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    UNNAMED,
+    WORDS,
+    Scene,
+    Thing,
+)
 
 SIDE = 8
 
@@ -22,6 +31,23 @@ def test_a_thing_is_named_at_its_tokens_only() -> None:
     assert there.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
     assert labels[2, 1, :4].tolist() == expected
     assert (labels[..., -1] == BACKGROUNDS.index("navy")).all()
+
+
+def test_what_has_no_name_is_no_lesson() -> None:
+    thing = Thing("star", UNNAMED, "small", "top left")
+    labels = token_labels(Scene((thing,), "navy"), SIDE)
+    there = labels[:, 0] > 0
+    assert (labels[there, 1] == IGNORED).all() and (labels[~there, 1] == 0).all()
+    head = LabelHead(4)  # it starts with all classes alike
+    fused = torch.randn(len(labels), 4)
+    head(fused, labels).backward()
+    # All other tokens have colour 0, "none": as if the unnamed ones were not there.
+    wanted = torch.full((len(COLOURS) + 1,), 1 / (len(COLOURS) + 1))
+    wanted[0] -= 1
+    assert head.linear.bias.grad is not None
+    found = head.linear.bias.grad.split(CLASSES)[1]
+    torch.testing.assert_close(found, wanted / len(CLASSES))
+    assert "colour" not in head.right(fused, labels)
 
 
 def test_a_word_is_named_in_its_band() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kelix_rt.processing import ImageProcessor, TextTokenizer
+from kelix_rt.train.pictures import strange_twin
 from kelix_rt.train.recipe import Sizes
 from kelix_rt.train.text_tokenizer import write_text_tokenizer
+from kelix_rt.train.token_labels import IGNORED
 from kelix_rt.train.views import ALIKE, PictureBatch, Views
 from kelix_rt.train.world import draw, make_scene
 from kelix_rt.train.world_scene import plain
@@ -29,11 +31,22 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
 
 def test_pictures_are_whole_and_read(views: Views) -> None:
     scenes = [make_scene("train", index) for index in range(3)]
-    batch = views.pictures(scenes, SIDE, (2, True), random.Random(0))
+    batch = views.pictures(scenes, [], SIDE, (2, True), random.Random(0))
     assert batch.patches.shape == (3 * 256, 3, 14, 14)
     assert batch.covered.shape == (3 * 256, 1, 14, 14)
     assert batch.grids.tolist() == [[1, 16, 16]] * 3 and batch.labels.shape == (3 * 64, 6)
     assert len(batch.readings) == 3 and all(any(r.counted) for r in batch.readings)
+
+
+def test_strange_pictures_are_shown_but_not_read(views: Views) -> None:
+    scenes = [make_scene("train", index, kind="mixed") for index in range(3)]
+    strangers = [strange_twin(scenes[2])]
+    batch = views.pictures(scenes[:2], strangers, SIDE, (2, True), random.Random(0))
+    assert len(batch.grids) == 3 and len(batch.readings) == 2
+    shown = views._images.patchify(draw(strangers[0], SIDE))[0]
+    assert torch.equal(batch.patches[2 * 256 :], shown)
+    labels = batch.labels.view(3, 64, 6)
+    assert (labels[2] == IGNORED).any() and not (labels[:2] == IGNORED).any()
 
 
 def test_close_ups_are_half_of_things_and_half_of_words(views: Views) -> None:
@@ -54,9 +67,10 @@ def token_pixels(batch: PictureBatch) -> torch.Tensor:
 
 
 def test_twins_have_the_same_pixels_wherever_they_lie(views: Views) -> None:
-    scenes = [make_scene("train", index, kind="mixed") for index in range(4)]
-    batch = views.twins(scenes, SIDE, (2, True), random.Random(0))
-    assert len(batch.readings) == 4 and len(batch.grids) == 6
+    scenes = [make_scene("train", index, kind="mixed") for index in range(5)]
+    strangers = [strange_twin(scenes.pop())]
+    batch = views.twins(scenes, strangers, SIDE, (2, True), random.Random(0))
+    assert len(batch.readings) == 4 and len(batch.grids) == 7
     pixels = token_pixels(batch)
     one, other = batch.twins.unbind(1)
     assert torch.equal(pixels[one], pixels[other]) and (one != other).all()
@@ -70,12 +84,12 @@ def test_twins_have_the_same_pixels_wherever_they_lie(views: Views) -> None:
 
 def test_half_of_the_pictures_with_twins_are_plain(views: Views) -> None:
     scenes = [make_scene("train", index) for index in range(4)]
-    batch = views.twins(scenes, SIDE, (2, True), random.Random(0))
+    batch = views.twins(scenes, [], SIDE, (2, True), random.Random(0))
     shown = [*map(plain, scenes[:2]), *scenes[2:]]
     patches = [views._images.patchify(draw(scene, SIDE))[0] for scene in shown]
     assert torch.equal(batch.patches[: 4 * 256], torch.cat(patches))
 
 
 def test_no_twins_without_a_second_picture(views: Views) -> None:
-    batch = views.pictures([make_scene("train", 0)], SIDE, (1, False), random.Random(0))
+    batch = views.pictures([make_scene("train", 0)], [], SIDE, (1, False), random.Random(0))
     assert batch.twins.shape == (0, 2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import replace
 
@@ -8,8 +9,26 @@ import pytest
 from PIL import Image
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.world_draw import COLOUR_VALUES, coverage, draw, shape_mask, word_font
-from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing, plain
+from kelix_rt.train.checker import INK_CHROMA
+from kelix_rt.train.world_draw import (
+    COLOUR_VALUES,
+    NEAREST_NAME,
+    coverage,
+    draw,
+    shape_mask,
+    unnamed_colour,
+    word_font,
+)
+from kelix_rt.train.world_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    UNNAMED,
+    WORDS,
+    Scene,
+    Thing,
+    plain,
+)
 from kelix_rt.train.world_splits import make_scene, make_scenes
 
 
@@ -36,10 +55,10 @@ def test_nothing_touches_the_frame(side: int) -> None:
         for variation in range(4):
             scene = Scene((), "white", word, "top", variation)
             assert np.asarray(draw(scene, side)).min(axis=2)[frame(side)].min() > 200
-    for shape in SHAPES:
+    for shape in (*SHAPES, UNNAMED):
         for cell in ("top left", "bottom right"):
             thing = Thing(shape, "blue", "large", cell)
-            for variation in range(8):
+            for variation in range(16):
                 picture = np.asarray(draw(Scene((thing,), "white", variation=variation), side))
                 assert picture.min(axis=2)[frame(side)].min() > 200
 
@@ -66,6 +85,22 @@ def test_things_have_their_colour() -> None:
         picture = draw(Scene((Thing("circle", colour, "large", "center"),), "black"))
         middle = np.asarray(picture)[56, 56].astype(int)
         assert np.abs(middle - COLOUR_VALUES[colour]).max() <= 12
+
+
+def test_unnamed_colours_are_none_of_the_named_ones() -> None:
+    values = np.array(list(COLOUR_VALUES.values()))
+    rng = random.Random(0)
+    for _ in range(200):
+        colour = np.array(unnamed_colour(rng))
+        assert np.linalg.norm(values - colour, axis=1).min() > NEAREST_NAME - 1
+        assert np.ptp(colour) >= INK_CHROMA, "a colour, no ink"
+
+
+@pytest.mark.parametrize("look", [("ring", UNNAMED), (UNNAMED, "red")])
+def test_variations_decide_what_the_unnamed_look_like(look: tuple[str, str]) -> None:
+    thing = Thing(*look, "large", "center")
+    pictures = [draw(Scene((thing,), "black", variation=i % 3)).tobytes() for i in range(6)]
+    assert pictures[:3] == pictures[3:] and len(set(pictures)) == 3
 
 
 def test_words_stand_out_on_every_background() -> None:

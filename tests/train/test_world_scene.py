@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kelix_rt.errors import ConfigError, InputError
+from kelix_rt.train.world import make_scene
 from kelix_rt.train.world_scene import (
     CELLS,
     OPPOSITES,
+    UNNAMED,
     WORDS,
     WORLD_VERSION,
     Scene,
     Thing,
     relation_between,
     require_world,
+    strange,
 )
 
 RING = Thing("ring", "red", "small", "top left")
@@ -49,11 +54,29 @@ def test_vocabulary_is_closed_and_large_enough() -> None:
         (((RING,), "white", "cat", "top"), "crosses"),
         (((RING,), "blue"), "background must be one of"),
         (((), "white", "Cat"), "word must be one of"),
+        (
+            ((Thing("ring", UNNAMED, "small", "center"),), "white", None, "center", None),
+            "needs a variation",
+        ),
     ],
 )
 def test_impossible_scenes_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Scene(*arguments)
+
+
+def test_strange_scenes_lose_the_names_of_one_attribute() -> None:
+    scene = make_scene("train", 0, kind="mixed")
+    seen = set()
+    for seed in range(8):
+        other = strange(scene, random.Random(seed))
+        pairs = list(zip(scene.things, other.things, strict=True))
+        assert [(a.size, a.cell) for a, _ in pairs] == [(b.size, b.cell) for _, b in pairs]
+        kept = [(a.colour == b.colour, a.shape == b.shape) for a, b in pairs]
+        assert len(set(kept)) == 1 and sum(kept[0]) == 1
+        assert all(b.look.count(UNNAMED) == 1 for b in other.things)
+        seen.add(kept[0])
+    assert len(seen) == 2, "either attribute may go"
 
 
 def test_unknown_attribute_is_refused() -> None:

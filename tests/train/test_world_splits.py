@@ -6,7 +6,16 @@ from itertools import product
 import pytest
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.world_scene import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, Thing
+from kelix_rt.train.pictures import strange_twin
+from kelix_rt.train.world_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    UNNAMED,
+    WORDS,
+    Scene,
+    Thing,
+)
 from kelix_rt.train.world_splits import (
     KIND_WEIGHTS,
     SPLITS,
@@ -61,6 +70,12 @@ def test_splits_are_disjoint_by_construction() -> None:
         assert not any(split_of_combination(c) == other for c in seen[split])
         held_out = {c for f in (LOOKS, COUNTS, RELATIONS) for c in f} & seen[split]
         assert Counter(split_of_combination(c) for c in held_out)[split] == 7 + 3 + 14
+
+
+def test_what_has_no_name_is_trained_on() -> None:
+    for scene in make_scenes("train", 300):
+        assert split_of(strange_twin(scene)) == "train"
+    assert split_of_combination(look_combination(UNNAMED, "star")) == "train"
 
 
 def test_mirrored_relations_are_one() -> None:
