@@ -118,7 +118,7 @@ def test_text_block(
 def test_visual_block_with_int8_weights(
     compare: Comparison, mid_size: Path, device: str, dtype: torch.dtype, batch: int
 ) -> None:
-    """The backbone in int8; head and Block Decoder, most of what is left to read, in `dtype`."""
+    """Backbone and head in int8: 50 MB instead of 201 in float32; the Block Decoder stays."""
 
     def loop(kind: torch.dtype, quantization: Quantization) -> DecodeLoop:
         model = KelixLM.from_pretrained(mid_size, device, kind, quantization=quantization)

@@ -122,8 +122,8 @@ class EngineConfig(JsonConfig):
     has no effect without a GPU. overlap: launch a block step before the blocks of the one in front
     are read, where they cannot change its plan, so the host works while the GPU does; changes no
     output. Has no effect without a GPU, and none with verify_head. quantization:
-    "int8" keeps the matrices of the language model's layers as int8 with a float32 scale per row,
-    whatever the dtype; None keeps them in it.
+    "int8" keeps the matrices of the language model's layers and its head as int8 with a float32
+    scale per row, whatever the dtype; None keeps them in it.
     """
 
     max_batch: int = 32

@@ -51,7 +51,7 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
 
 
 # The matrices that quantization="int8" turns into int8.
-_QUANTIZED = r"^model\.model\.layers\.\d+\.(attn\.\w+_proj|mlp\.w\d)\.weight$"
+_QUANTIZED = r"^(model\.model\.(layers\.\d+\.(attn\.\w+_proj|mlp\.w\d)|output)|lm_head)\.weight$"
 
 
 def cache_dtype(options: EngineConfig, dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kelix_rt.assets import bundled
 from kelix_rt.checkpoint import Checkpoint
@@ -89,11 +89,11 @@ def config_entries(
     with torch.device("meta"):
         model, tokenizer = KelixLM(config), VisionTokenizer(config.tokenizer_config)
         if quantization == "int8":
-            model.backbone.quantize()
+            model.quantize()
     sizes = {
         "backbone": _bytes(model.backbone, dtype),
         "embedding table": model.embeddings.numel() * dtype.itemsize,
-        "output head": model.head.numel() * dtype.itemsize,
+        "output head": _stored_bytes(model.head, dtype) + _scale_bytes(model.head_scale),
         "block decoder": _bytes(model.block_decoder, dtype),
     }
     entries = [MemoryEntry(name, size, "generate") for name, size in sizes.items()]
@@ -122,9 +122,14 @@ def _directory(model: str | Path) -> Path:
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Of the parameters once they are loaded in dtype, and of the scales of int8 ones."""
-    sizes = [
-        parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
-        for parameter in module.parameters()
-    ]
+    sizes = [_stored_bytes(parameter, dtype) for parameter in module.parameters()]
     scales = [buffer.nbytes for name, buffer in module.named_buffers() if name.endswith(SCALE)]
     return sum(sizes) + sum(scales)
+
+
+def _stored_bytes(weight: Tensor, dtype: torch.dtype) -> int:
+    return weight.numel() * (dtype if weight.is_floating_point() else weight.dtype).itemsize
+
+
+def _scale_bytes(scale: Tensor | None) -> int:
+    return 0 if scale is None else scale.nbytes

@@ -141,7 +141,7 @@ def random_engine(
         shape = tokenizer.codebooks.shape
         tokenizer.set_codebooks(torch.randn(shape, device=device, dtype=dtype))
     if options.quantization == "int8":
-        language.backbone.quantize()
+        language.quantize()
     language.prepare()
     language.visual_tokenizer = tokenizer
     render = RenderStage(dit, Autoencoder.of(vae), options.max_condition_length)

@@ -79,7 +79,7 @@ def test_matrices_are_quantised_as_they_are_read(path: Path) -> None:
     read = KelixLM.from_pretrained(
         path, quantization="int8", on_tensor=lambda name, size: seen.append((name, size))
     )
-    full.backbone.quantize()
+    full.quantize()
     matrices = {n: m for n, m in read.backbone.named_modules() if isinstance(m, Int8Linear)}
     assert len(matrices) == 4 * read.config.qwen_config.num_layers
     for name, own in matrices.items():
@@ -89,6 +89,9 @@ def test_matrices_are_quantised_as_they_are_read(path: Path) -> None:
         assert torch.equal(own.weight_scale, other.weight_scale)
         size = dict(seen)[f"backbone.{name}.weight"]
         assert size == own.weight.nbytes + own.weight_scale.nbytes
+    assert read.head.dtype == torch.int8 and read.head_scale is not None
+    assert full.head_scale is not None and torch.equal(read.head_scale, full.head_scale)
+    assert dict(seen)["head"] == read.head.nbytes + read.head_scale.nbytes
     for name, parameter in full.named_parameters():
         assert torch.equal(read.get_parameter(name), parameter), name
     sources = weight_map(read.config.qwen_config)
@@ -126,6 +129,9 @@ def test_hidden_states_stay_close(path: Path) -> None:
             weight = dequantize_int8(own.weight, own.weight_scale, torch.float32)
             full.backbone.get_submodule(name).weight.copy_(weight)
     torch.testing.assert_close(got, full.hidden_states(ids)[-1], atol=2e-5, rtol=1e-4)
+    assert int8.head_scale is not None
+    full.head.copy_(dequantize_int8(int8.head, int8.head_scale, torch.float32))
+    torch.testing.assert_close(int8.full_logits(got), full.full_logits(got), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0, max_blocks=9), SAMPLED])
@@ -179,12 +185,17 @@ def test_the_plan_counts_bytes_of_int8(path: Path, dtype: str) -> None:
     options = EngineConfig(quantization="int8", num_pages=4)
     planned = Engine.plan(path, options, device="cpu", dtype=dtype)
     booked = {entry.name: entry.num_bytes for entry in planned.entries}
-    backbone = int8_engine(path, dtype=dtype, num_pages=4).runner.model.backbone
+    model = int8_engine(path, dtype=dtype, num_pages=4).runner.model
+    backbone = model.backbone
     scales = sum(b.nbytes for n, b in backbone.named_buffers() if n.endswith("scale"))
     loaded = sum(p.nbytes for p in backbone.parameters()) + scales
     assert booked["backbone"] == loaded
+    assert model.head_scale is not None
+    head = model.head.nbytes + model.head_scale.nbytes
+    assert booked["output head"] == head
     config = engine_plan(KelixLM.from_pretrained(path).config, options, dtype=getattr(torch, dtype))
-    assert {e.name: e.num_bytes for e in config.entries}["backbone"] == loaded
+    sizes = {e.name: e.num_bytes for e in config.entries}
+    assert (sizes["backbone"], sizes["output head"]) == (loaded, head)
     plain = Engine.plan(path, replace(options, quantization=None), device="cpu", dtype=dtype)
     assert {e.name: e.num_bytes for e in plain.entries}["backbone"] > 1.7 * loaded
 

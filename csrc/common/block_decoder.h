@@ -39,16 +39,17 @@ struct BlockDecoderWorkspace {
 };
 
 struct BlockDecoderArgs {
-  const void* hidden;     // [B, D]
-  const void* weights;    // packed
-  const void* table;      // [VT, D]
-  const void* head_norm;  // [D]
-  const void* head;       // [VT, D]
-  const float* params;    // [B, N + 1, 4]
-  const int64_t* seeds;   // [B]
-  const int64_t* steps;   // [B]
-  int64_t* ids;           // [B, N + 1]
-  float* logprobs;        // [B, N + 1]
+  const void* hidden;       // [B, D]
+  const void* weights;      // packed
+  const void* table;        // [VT, D]
+  const void* head_norm;    // [D]
+  const void* head;         // [VT, D]: of dtype, or int8 where there is a scale
+  const float* head_scale;  // [VT] or null
+  const float* params;      // [B, N + 1, 4]
+  const int64_t* seeds;     // [B]
+  const int64_t* steps;     // [B]
+  int64_t* ids;             // [B, N + 1]
+  float* logprobs;          // [B, N + 1]
   BlockDecoderLayout layout;
   BlockDecoderWorkspace work;
   int64_t batch, input_dim, num_codes, text_vocab, codes, block_end, banned_id;

@@ -128,6 +128,17 @@ void decoder_layer(const Decoder<T>& run, int64_t layer, int64_t slot) {
             work.x, ffn, d);
 }
 
+// The last product of a slot, of the rows of the head that it admits. W: of the head's weights.
+template <class W, class T>
+void head_products(const Decoder<T>& run, const HeadSlice& slice) {
+  const BlockDecoderArgs& args = run.args;
+  const W* head = static_cast<const W*>(args.head) + slice.first * args.input_dim;
+  const float* scale = args.head_scale != nullptr ? args.head_scale + slice.first : nullptr;
+  linear(Linear<W>{head, nullptr, args.work.output, nullptr, args.work.logits, args.input_dim,
+                   slice.width, run.count, scale},
+         run.parallel);
+}
+
 // Fills work.logits [active, slice width] of the slot from work.input [active, D].
 template <class T>
 void slot_logits(const Decoder<T>& run, int64_t slot) {
@@ -151,9 +162,8 @@ void slot_logits(const Decoder<T>& run, int64_t slot) {
     rms_norm_row(work.output + i * wide, head_norm, wide, args.norm_eps);
   });
   const HeadSlice slice = head_slice(args, slot);
-  const T* head = static_cast<const T*>(args.head) + slice.first * wide;
-  run.apply(head, static_cast<const T*>(nullptr), work.output, nullptr, work.logits, wide,
-            slice.width);
+  if (args.head_scale != nullptr) return head_products<int8_t>(run, slice);
+  head_products<T>(run, slice);
 }
 
 template <class T>

@@ -14,26 +14,44 @@ struct Launcher {
   const T* packed(int64_t start) const { return static_cast<const T*>(args.weights) + start; }
   unsigned rows() const { return static_cast<unsigned>(args.batch); }
 
-  template <int kRows>
-  void linear_tiles(const LinearArgs<T>& linear) const {
+  template <int kRows, class W>
+  void linear_tiles(const LinearArgs<W>& linear) const {
     const dim3 grid(static_cast<unsigned>(ceil_div(linear.out, kLinearWarps)),
                     static_cast<unsigned>(ceil_div(linear.batch, kRows)));
     const int threads = kLinearWarps * kWarpSize;
     if (takes_wide_loads(linear)) {
-      launch_kernel(linear_kernel<T, kRows, true>, grid, threads, 0, stream, linear);
+      launch_kernel(linear_kernel<W, kRows, true>, grid, threads, 0, stream, linear);
     } else {
-      launch_kernel(linear_kernel<T, kRows, false>, grid, threads, 0, stream, linear);
+      launch_kernel(linear_kernel<W, kRows, false>, grid, threads, 0, stream, linear);
     }
   }
 
   void linear(const T* weight, const T* bias, const T* position, const float* x, const float* added,
               float* y, int64_t in, int64_t out) const {
-    const LinearArgs<T> linear{weight, bias, position, x, added, y, in, out, args.batch};
+    apply(LinearArgs<T>{weight, bias, position, x, added, y, in, out, args.batch, nullptr});
+  }
+
+  template <class W>
+  void apply(const LinearArgs<W>& linear) const {
     if (args.batch == 1) {
       linear_tiles<1>(linear);
     } else {
       linear_tiles<4>(linear);
     }
+  }
+
+  // W: of the head's weights.
+  template <class W>
+  void head(const HeadSlice& slice) const {
+    LinearArgs<W> linear{};
+    linear.weight = static_cast<const W*>(args.head) + slice.first * args.input_dim;
+    linear.x = args.work.output;
+    linear.y = args.work.logits;
+    linear.in = args.input_dim;
+    linear.out = slice.width;
+    linear.batch = args.batch;
+    linear.scale = args.head_scale != nullptr ? args.head_scale + slice.first : nullptr;
+    apply(linear);
   }
 
   void layer_norm(const T* weight, const T* bias) const {
@@ -72,8 +90,11 @@ struct Launcher {
            d, wide);
     launch_kernel(head_norm_kernel<T>, rows(), kDecoderThreads, 0, stream, args);
     const HeadSlice slice = head_slice(args, slot);
-    linear(static_cast<const T*>(args.head) + slice.first * wide, nullptr, nullptr, work.output,
-           nullptr, work.logits, wide, slice.width);
+    if (args.head_scale != nullptr) {
+      head<int8_t>(slice);
+    } else {
+      head<T>(slice);
+    }
     draw(slot, slice.width);
   }
 

@@ -14,7 +14,7 @@ inline constexpr int kDecoderWarps = kDecoderThreads / kWarpSize;
 inline constexpr int kSlotTile = 8;
 
 // weight [out, in]; bias and position [out] or null; x [batch, in]; added [batch, out] or null, it
-// may be y; y [batch, out].
+// may be y; y [batch, out]. scale [out], of int8 weights, or null.
 template <class T>
 struct LinearArgs {
   const T* weight;
@@ -24,6 +24,7 @@ struct LinearArgs {
   const float* added;
   float* y;
   int64_t in, out, batch;
+  const float* scale;
 };
 
 // Rows of weights and of x must both start on 16 bytes.
@@ -44,7 +45,10 @@ __device__ __forceinline__ void add_products(const T* const (&weights)[kOutputs]
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (kWide) {
     constexpr int kPerLoad = 16 / sizeof(T);
-    [[maybe_unused]] constexpr int kUnroll = kOutputs * kRows > 8 ? 2 : 4;
+    constexpr int kSums = kOutputs * kRows;
+    // A load of int8 holds four times the weights of one of float32, and so as many conversions.
+    [[maybe_unused]] constexpr int kUnroll =
+        sizeof(T) == 1 ? (kSums > 2 ? 1 : 2) : (kSums > 8 ? 2 : 4);
 #pragma unroll kUnroll
     for (int i = lane * kPerLoad; i < in; i += kWarpSize * kPerLoad) {
       alignas(16) T w[kOutputs][kPerLoad];
@@ -76,11 +80,12 @@ __device__ __forceinline__ void add_products(const T* const (&weights)[kOutputs]
   }
 }
 
-// y = x W^T + bias + position + added, one value.
+// y = scale x W^T + bias + position + added, one value.
 template <class T>
 __device__ __forceinline__ void store_output(const LinearArgs<T>& args, int64_t row, int64_t output,
                                              float sum) {
   const int64_t at = row * args.out + output;
+  if (args.scale != nullptr) sum *= args.scale[output];
   if (args.bias != nullptr) sum += to_float(args.bias[output]);
   if (args.position != nullptr) sum += to_float(args.position[output]);
   if (args.added != nullptr) sum += args.added[at];

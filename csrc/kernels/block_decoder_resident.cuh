@@ -4,6 +4,8 @@
 // it again for itself, into shared memory. So one barrier of the grid per linear map is all.
 #pragma once
 
+#include <type_traits>
+
 #include "common/grid.cuh"
 #include "kernels/block_decoder_stage.cuh"
 
@@ -22,23 +24,22 @@ __device__ __forceinline__ int64_t pair_stride() {
   return static_cast<int64_t>(kResidentWarps) * gridDim.x;
 }
 
-template <class T, int kRows, bool kWide>
-__device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const LivingRows& living,
-                                             const float* tile) {
-  const LinearArgs<T>& linear = step.linear;
+template <class W, int kRows, bool kWide>
+__device__ __forceinline__ void apply_tile(const LinearArgs<W>& linear, bool gated,
+                                           CachePolicy policy, const LivingRows& living,
+                                           const float* tile) {
   const int lane = threadIdx.x % kWarpSize;
-  const CachePolicy policy = step.weights_once ? cache_briefly() : cache_normally();
   const float* rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) rows[r] = tile + min(r, living.count - 1) * linear.in;
-  const int64_t pairs = step.gated ? linear.out : (linear.out + 1) / 2;
+  const int64_t pairs = gated ? linear.out : (linear.out + 1) / 2;
   for (int64_t pair = first_pair(); pair < pairs; pair += pair_stride()) {
-    const int64_t first = step.gated ? pair : 2 * pair;
-    const int64_t second = step.gated ? linear.out + pair : min(2 * pair + 1, linear.out - 1);
-    const T* const weights[2] = {linear.weight + first * linear.in,
+    const int64_t first = gated ? pair : 2 * pair;
+    const int64_t second = gated ? linear.out + pair : min(2 * pair + 1, linear.out - 1);
+    const W* const weights[2] = {linear.weight + first * linear.in,
                                  linear.weight + second * linear.in};
     float sums[2][kRows] = {};
-    add_products<T, 2, kRows, kWide>(weights, rows, static_cast<int>(linear.in), policy, sums);
+    add_products<W, 2, kRows, kWide>(weights, rows, static_cast<int>(linear.in), policy, sums);
     // Lane r takes row r of the first output, lane kRows + r of the second.
     float value = 0, up = 0;
 #pragma unroll
@@ -50,7 +51,7 @@ __device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const Livi
     const int r = lane % kRows;
     if (lane >= 2 * kRows || r >= living.count) continue;
     const int64_t row = living.row[r], output = lane < kRows ? first : second;
-    if (step.gated) {
+    if (gated) {
       if (lane < kRows) linear.y[row * linear.out + pair] = silu_mul(value, up);
     } else if (lane < kRows || second != first) {
       store_output(linear, row, output, value);
@@ -58,26 +59,56 @@ __device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const Livi
   }
 }
 
-template <class T, int kRows>
-__device__ __forceinline__ void apply_linear(const SlotStep<T>& step, const LivingRows& living,
-                                             const float* tile) {
-  if (takes_wide_loads(step.linear)) {
-    apply_linear<T, kRows, true>(step, living, tile);
+template <class W, int kRows>
+__device__ __forceinline__ void apply_rows(const LinearArgs<W>& linear, bool gated,
+                                           CachePolicy policy, const LivingRows& living,
+                                           const float* tile) {
+  if (takes_wide_loads(linear)) {
+    apply_tile<W, kRows, true>(linear, gated, policy, living, tile);
   } else {
-    apply_linear<T, kRows, false>(step, living, tile);
+    apply_tile<W, kRows, false>(linear, gated, policy, living, tile);
+  }
+}
+
+// The map with its weights taken as W. Only the head's are not T (they are int8), and it has no
+// bias and adds nothing.
+template <class W, class T>
+__device__ __forceinline__ decltype(auto) with_weights(const LinearArgs<T>& linear) {
+  if constexpr (std::is_same_v<W, T>) {
+    return (linear);  // itself, no copy
+  } else {
+    LinearArgs<W> own{};
+    own.weight = reinterpret_cast<const W*>(linear.weight);
+    own.x = linear.x;
+    own.y = linear.y;
+    own.in = linear.in;
+    own.out = linear.out;
+    own.scale = linear.scale;
+    return own;
+  }
+}
+
+template <class W, class T>
+__device__ __forceinline__ void apply_weights(const SlotStep<T>& step, const LivingRows& living) {
+  KELIX_DYNAMIC_SHARED(float, tile);
+  const LinearArgs<W>& linear = with_weights<W>(step.linear);
+  const CachePolicy policy = step.weights_once ? cache_briefly() : cache_normally();
+  if (living.count == 1) {
+    apply_rows<W, 1>(linear, step.gated, policy, living, tile);
+  } else if (living.count <= 4) {
+    apply_rows<W, 4>(linear, step.gated, policy, living, tile);
+  } else {
+    apply_rows<W, kMaxResidentRows>(linear, step.gated, policy, living, tile);
   }
 }
 
 // Not inlined, so that the registers of the products and of the draws do not add up.
 template <class T>
 __device__ KELIX_NOINLINE void apply_linear(const SlotStep<T>& step, const LivingRows& living) {
-  KELIX_DYNAMIC_SHARED(float, tile);
-  if (living.count == 1) {
-    apply_linear<T, 1>(step, living, tile);
-  } else if (living.count <= 4) {
-    apply_linear<T, 4>(step, living, tile);
+  if (step.linear.scale == nullptr) {
+    apply_weights<T>(step, living);
   } else {
-    apply_linear<T, kMaxResidentRows>(step, living, tile);
+    apply_weights<int8_t>(step, living);
   }
 }
 
@@ -86,14 +117,14 @@ __device__ KELIX_NOINLINE void apply_linear(const SlotStep<T>& step, const Livin
 template <class T>
 __device__ __forceinline__ void prefetch_head(const BlockDecoderArgs& args, int64_t slot) {
   constexpr int kLanes = kWarpSize / 2;  // for each of the two rows
-  constexpr int64_t kPerLine = kCacheLine / sizeof(T);
+  const int64_t row_bytes = args.input_dim * head_element<T>(args);
   const HeadSlice slice = head_slice(args, slot);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t output = 2 * first_pair() + lane / kLanes;
   if (output >= slice.width) return;
-  const T* row = static_cast<const T*>(args.head) + (slice.first + output) * args.input_dim;
+  const char* row = static_cast<const char*>(head_row<T>(args, slice.first + output));
   for (int line = lane % kLanes; line < kPrefetchedLines; line += kLanes) {
-    if (line * kPerLine < args.input_dim) prefetch_line(row + line * kPerLine);
+    if (line * kCacheLine < row_bytes) prefetch_line(row + line * kCacheLine);
   }
 }
 

@@ -33,9 +33,9 @@ struct SlotStep {
   int64_t layer;
   const T* norm_weight;
   const T* norm_bias;
-  LinearArgs<T> linear;
-  bool gated;         // the outputs are silu(first half of the weights) * second half
-  bool weights_once;  // read once per slot: not worth a place in the cache
+  LinearArgs<T> linear;  // with a scale its weights are int8 whatever their type says
+  bool gated;            // the outputs are silu(first half of the weights) * second half
+  bool weights_once;     // read once per slot: not worth a place in the cache
 };
 
 __host__ __device__ __forceinline__ int64_t steps_per_slot(const BlockDecoderArgs& args) {
@@ -100,6 +100,17 @@ __device__ __forceinline__ SlotStep<T> layer_step(const BlockDecoderArgs& args, 
   return step;
 }
 
+// Bytes of one weight of the head.
+template <class T>
+__device__ __forceinline__ int64_t head_element(const BlockDecoderArgs& args) {
+  return args.head_scale != nullptr ? sizeof(int8_t) : sizeof(T);
+}
+
+template <class T>
+__device__ __forceinline__ const void* head_row(const BlockDecoderArgs& args, int64_t row) {
+  return static_cast<const char*>(args.head) + row * args.input_dim * head_element<T>(args);
+}
+
 template <class T>
 __device__ __forceinline__ SlotStep<T> slot_step(const BlockDecoderArgs& args, int64_t slot,
                                                  int64_t index) {
@@ -119,10 +130,11 @@ __device__ __forceinline__ SlotStep<T> slot_step(const BlockDecoderArgs& args, i
     step.linear.added = work.input;
   } else {
     const HeadSlice slice = head_slice(args, slot);
-    const T *head = static_cast<const T*>(args.head) + slice.first * wide, *none = nullptr;
+    const T *head = static_cast<const T*>(head_row<T>(args, slice.first)), *none = nullptr;
     step.staging = Staging::kHeadNorm;
     step.norm_weight = static_cast<const T*>(args.head_norm);
     step.linear = linear_map(head, none, wide, slice.width, work.output, work.logits);
+    if (args.head_scale != nullptr) step.linear.scale = args.head_scale + slice.first;
     step.weights_once = true;
   }
   return step;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <tuple>
 
 #include "common/ceil_div.h"
@@ -122,7 +123,8 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
                                         const Tensor& seeds, const Tensor& steps, int64_t num_codes,
                                         int64_t text_vocab, int64_t block_end, int64_t banned_id,
                                         int64_t d_model, int64_t num_heads, int64_t num_layers,
-                                        int64_t ffn, double norm_eps) {
+                                        int64_t ffn, double norm_eps,
+                                        const std::optional<Tensor>& head_scale) {
   Check check("block_decode");
   check.shape(hidden, "hidden", {"B", "D"})
       .storage(hidden, "hidden")
@@ -130,8 +132,14 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
       .storage(table, "table")
       .shape(head_norm, "head_norm", {"D"})
       .storage(head_norm, "head_norm")
-      .shape(head, "head", {"VT", "D"})
-      .storage(head, "head");
+      .shape(head, "head", {"VT", "D"});
+  if (head_scale.has_value()) {
+    check.dtype(head, "head", ScalarType::Char)
+        .shape(*head_scale, "head_scale", {"VT"})
+        .dtype(*head_scale, "head_scale", ScalarType::Float);
+  } else {
+    check.storage(head, "head");
+  }
   check_ids(check, check["VT"], num_codes, text_vocab, block_end, banned_id);
   check_sizes(check, d_model, num_heads, num_layers, ffn);
   const int64_t batch = check["B"], wide = check["D"];
@@ -149,6 +157,7 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
   const Tensor input = dense(hidden), packed = dense(weights), embeddings = dense(table);
   const Tensor gain = dense(head_norm), output = dense(head), rules = dense(params);
   const Tensor seed = dense(seeds), step = dense(steps);
+  const std::optional<Tensor> scale = dense(head_scale);
   Tensor ids = new_tensor({batch, num_codes + 1}, ScalarType::Long, input);
   Tensor logprobs = new_tensor({batch, num_codes + 1}, ScalarType::Float, input);
   if (batch == 0) return {ids, logprobs};
@@ -159,6 +168,7 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
   args.table = data(embeddings);
   args.head_norm = data(gain);
   args.head = data(output);
+  args.head_scale = static_cast<const float*>(data(scale));
   args.params = static_cast<const float*>(data(rules));
   args.seeds = static_cast<const int64_t*>(data(seed));
   args.steps = static_cast<const int64_t*>(data(step));

@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(kelix, m) {
       "block_decode(Tensor hidden, Tensor weights, Tensor table, Tensor head_norm, Tensor head, "
       "Tensor params, Tensor seeds, Tensor steps, int num_codes, int text_vocab, int block_end, "
       "int banned_id, int d_model, int num_heads, int num_layers, int ffn, "
-      "float norm_eps=1e-06) -> (Tensor ids, Tensor logprobs)");
+      "float norm_eps=1e-06, Tensor? head_scale=None) -> (Tensor ids, Tensor logprobs)");
 
   m.def("modulate(Tensor x, Tensor shift, Tensor scale, float eps=1e-06) -> Tensor");
   m.def("gated_residual(Tensor(a!) x, Tensor gate, Tensor y) -> ()");

@@ -18,6 +18,8 @@ from kelix_rt.models.backbone import Backbone, PagedKV, StepContext
 from kelix_rt.models.block_decoder import BlockDecoder, block_decoder_sizes
 from kelix_rt.models.expand import expand_ids
 from kelix_rt.models.language_weights import choose_head, weight_map
+from kelix_rt.models.layers import int8_linear
+from kelix_rt.quantization import quantize_int8
 from kelix_rt.weights import Checkpoint, OnTensor, load_weights
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class KelixLM(nn.Module):
         table = (qwen.total_vocab, qwen.embed_dim)
         self.embeddings = nn.Parameter(torch.empty(table))
         self.head = nn.Parameter(torch.empty(table))
+        self.head_scale: Tensor | None
+        self.register_buffer("head_scale", None, persistent=False)  # [VT], of an int8 head
         self.backbone = Backbone(qwen)
         self.block_decoder = BlockDecoder(block_decoder_sizes(config))
         self.visual_tokenizer: VisionTokenizer | None = None
@@ -55,7 +59,8 @@ class KelixLM(nn.Module):
         """Loads a checkpoint directory, and its visual tokenizer when it holds one.
 
         dtype: None keeps the checkpoint's own. on_tensor: called with (name, bytes) per tensor.
-        quantization: "int8" quantises the backbone's matrices one by one as they are read.
+        quantization: "int8" quantises the matrices of backbone and head one by one as they are
+        read.
         Raises ConfigError or WeightError.
         """
         config = read_config(path)
@@ -65,7 +70,7 @@ class KelixLM(nn.Module):
         with torch.device("meta"):
             model = cls(config)
             if quantization == "int8":
-                model.backbone.quantize()
+                model.quantize()
         load_weights(
             model,
             checkpoint,
@@ -83,6 +88,13 @@ class KelixLM(nn.Module):
                 path, _TOKENIZER_PREFIX, device, model.dtype, on_tensor
             )
         return model.eval()
+
+    def quantize(self) -> None:
+        """Turns the matrices of the backbone's layers and the head into int8, on the meta device
+        too. Embeddings and Block Decoder, of which a block reads little, stay."""
+        self.backbone.quantize()
+        head, self.head_scale = quantize_int8(self.head.detach())
+        self.head = nn.Parameter(head, requires_grad=False)
 
     def prepare(self) -> None:
         """Packs the Block Decoder and computes the RoPE table; once the weights are in place."""
@@ -132,7 +144,7 @@ class KelixLM(nn.Module):
             hidden, self.block_decoder.packed, self.embeddings, self.backbone.norm, self.head,
             params, seeds, steps, config.num_codes, config.qwen_config.vocab_size,
             config.block_end, self.banned_id, shape.d_model, shape.num_heads, shape.num_layers,
-            shape.ffn, config.qwen_config.norm_eps,
+            shape.ffn, config.qwen_config.norm_eps, self.head_scale,
         )  # fmt: skip
 
     def _redraw(
@@ -164,7 +176,11 @@ class KelixLM(nn.Module):
 
     def head_logits(self, states: Tensor) -> Tensor:
         """[..., D] before the norm -> [..., VT] logits over the whole vocabulary, float32."""
-        return F.linear(self.normed(states), self.head).float()
+        normed = self.normed(states)
+        if self.head_scale is None:
+            return F.linear(normed, self.head).float()
+        flat = int8_linear(normed.flatten(0, -2), self.head, self.head_scale)
+        return flat.view(*normed.shape[:-1], -1).float()
 
     def full_logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Whole-vocabulary logits [B, N+1, VT] float32 of every slot; image placeholder at -inf.

@@ -121,6 +121,7 @@ def block_decode(
     num_layers: int,
     ffn: int,
     norm_eps: float = 1e-6,
+    head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws one block per row, slot by slot, each id conditioned on the ids before it.
 
@@ -131,7 +132,8 @@ def block_decode(
         number as its slot.
     num_codes: N. text_vocab: V. The codes of slot j are ids ``[V + j K, V + (j + 1) K)`` with
         ``K = (VT - V) / N``. block_end: Q. banned_id: never drawn at slot 0; -1 for none.
-    hidden, weights, table, head_norm and head share one dtype.
+    hidden, weights, table, head_norm and head share one dtype. head_scale: [VT] float32; head is
+    then int8 (`kelix_rt.quantization.quantize_int8`), and a logit is multiplied by its row's scale.
 
     Slot j reads ``u_0 = hidden``, ``u_j = table[id_{j-1}]`` and attends to slots 0..j:
     ``x = W_in u + b_in + P[j]``; per layer (LayerNorm eps 1e-5) ``x += Wo attention(LN x) + bo``
@@ -148,7 +150,7 @@ def block_decode(
     """
     return torch.ops.kelix.block_decode(
         hidden, weights, table, head_norm, head, params, seeds, steps, num_codes, text_vocab,
-        block_end, banned_id, d_model, num_heads, num_layers, ffn, norm_eps,
+        block_end, banned_id, d_model, num_heads, num_layers, ffn, norm_eps, head_scale,
     )  # fmt: skip
 
 
@@ -195,6 +197,7 @@ def block_decode_ref(
     num_layers: int,
     ffn: int,
     norm_eps: float = 1e-6,
+    head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain-torch `block_decode`: recomputes slots 0..j at every slot."""
     shape = BlockDecoderShape(d_model, num_heads, num_layers, ffn, hidden.shape[1], num_codes + 1)
@@ -210,6 +213,8 @@ def block_decode_ref(
         out = decoder_states(inputs, state, num_heads)[:, -1]
         normed = rms_norm_ref(out, wide(head_norm), norm_eps)
         logits = normed @ wide(head[first:last]).t()
+        if head_scale is not None:
+            logits = logits * head_scale[first:last]
         if slot == 0 and banned_id >= 0:
             logits[:, banned_id] = -math.inf
         row_slots = torch.full_like(seeds, slot)
@@ -251,6 +256,7 @@ def _block_decode_fake(
     num_layers: int,
     ffn: int,
     norm_eps: float = 1e-6,
+    head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     size = (hidden.shape[0], num_codes + 1)
     return hidden.new_empty(size, dtype=torch.int64), hidden.new_empty(size, dtype=torch.float32)

@@ -90,10 +90,12 @@ def block_decoder(device: str) -> None:
     params = torch.tensor([[0.0, 0, 1, 0], [1.0, 5, 0.9, 0.0]], device=device)
     for times in (1, 5):
         keys = torch.arange(2 * times, device=device)
-        ops.block_decode(
-            randn(2 * times, 36, device=device), weights, table, randn(36, device=device), head,
-            params.unsqueeze(1).repeat(times, 4, 1), keys, keys, 3, 40, 39, 7, 20, 2, 2, 28,
-        )  # fmt: skip
+        for own, scale in ((head, None), quantize_int8(head)):
+            ops.block_decode(
+                randn(2 * times, 36, device=device), weights, table, randn(36, device=device), own,
+                params.unsqueeze(1).repeat(times, 4, 1), keys, keys, 3, 40, 39, 7, 20, 2, 2, 28,
+                head_scale=scale,
+            )  # fmt: skip
 
 
 def diffusion(device: str) -> None:

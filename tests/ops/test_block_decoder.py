@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kelix_rt import ops
 from kelix_rt.ops.block_decoder import BlockDecoderShape, pack_block_decoder
+from kelix_rt.quantization import quantize_int8
 from tests.ops.helpers import DEVICES, DTYPES, opcheck, randn
 
 GREEDY = (0.0, 0.0, 1.0, 0.0)
@@ -36,6 +37,7 @@ class Case:
     banned: int = 9
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    int8_head: bool = False
 
     @property
     def shape(self) -> BlockDecoderShape:
@@ -63,6 +65,8 @@ class Case:
             "head": head,
         }
         tensors = {k: v.to(self.device, self.dtype) for k, v in float_tensors.items()}
+        if self.int8_head:
+            tensors["head"], tensors["head_scale"] = quantize_int8(tensors["head"])
         return tensors | {"weights": pack_block_decoder(state)}
 
     def arguments(self, rule: tuple[float, ...], seed: int = 0) -> dict[str, Any]:
@@ -124,6 +128,21 @@ def test_equals_torch(case: Case, rule: tuple[float, ...], dtype: torch.dtype, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", [GREEDY, SAMPLED[1]])
+@pytest.mark.parametrize(
+    "case", [*CASES, replace(MIXED, wide=512)], ids=lambda c: f"N{c.num_codes}D{c.wide}"
+)
+def test_int8_head_equals_torch(
+    case: Case, rule: tuple[float, ...], dtype: torch.dtype, device: str
+) -> None:
+    case = replace(case, dtype=dtype, device=device, int8_head=True)
+    for seed in range(2):
+        arguments = case.arguments(rule, seed)
+        assert_equal_to_torch(arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_both_kinds_of_block_appear(device: str) -> None:
     """The cases above mean something: text rows, visual rows, and batches that hold both."""
     case = replace(MIXED, device=device, batch=40)
@@ -159,7 +178,11 @@ def test_row_is_independent_of_its_batch(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [MIXED, CASES[4], WIDE], ids=lambda case: f"d{case.d_model}")
+@pytest.mark.parametrize(
+    "case",
+    [MIXED, CASES[4], WIDE, replace(MIXED, int8_head=True, wide=48)],
+    ids=lambda case: f"d{case.d_model}{'int8' * case.int8_head}",
+)
 def test_a_large_batch_and_its_parts_agree(case: Case, dtype: torch.dtype, device: str) -> None:
     """Bit-equal in the CUDA kernels' two forms: a launch per step for a batch of nine, one launch
     for its first rows, some of which leave early."""
@@ -289,6 +312,16 @@ def test_empty_batch_and_strided_inputs(device: str) -> None:
         ({"params": randn(3, 4, 4)}, r"params must have shape \[B=3, N\+1=5, 4\], got \[3, 4, 4\]"),
         ({"seeds": torch.zeros(2).long()}, r"seeds must have shape \[B=3\], got \[2\]"),
         ({"steps": torch.zeros(3)}, "steps must be int64, got float32"),
+        ({"head_scale": torch.ones(114)}, "head must be int8, got float32"),
+        ({"head": torch.zeros(114, 32, dtype=torch.int8)}, "head must be float32 like hidden"),
+        (
+            {"head": torch.zeros(114, 32, dtype=torch.int8), "head_scale": torch.ones(113)},
+            r"head_scale must have shape \[VT=114\], got \[113\]",
+        ),
+        (
+            {"head": torch.zeros(114, 32, dtype=torch.int8), "head_scale": torch.ones(114).half()},
+            "head_scale must be float32, got float16",
+        ),
     ],
 )
 def test_errors_name_the_rule(change: dict[str, object], message: str) -> None:
@@ -298,5 +331,6 @@ def test_errors_name_the_rule(change: dict[str, object], message: str) -> None:
 
 def test_opcheck() -> None:
     op = torch.ops.kelix.block_decode.default
-    arguments = VISUAL.arguments(SAMPLED[1])
-    opcheck(op, *(arguments[argument.name] for argument in op._schema.arguments))
+    for case in (VISUAL, replace(VISUAL, int8_head=True)):
+        arguments = case.arguments(SAMPLED[1])
+        opcheck(op, *(arguments.get(argument.name) for argument in op._schema.arguments))
