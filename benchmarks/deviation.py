@@ -1,6 +1,6 @@
-"""What narrower weights and caches change in kelix-tiny: `python -m benchmarks.deviation`.
+"""What narrower weights change in kelix-tiny: `python -m benchmarks.deviation`.
 
-Every option against float32 weights and cache: hidden states and logits of the same drawings,
+Every option against float32: hidden states and logits of the same drawings,
 teacher-forced, and greedy answers about the first pictures of the test split. Prints a Markdown
 table.
 """
@@ -23,10 +23,8 @@ ASKED, SIDE = 8, 224  # pictures, and their sides in pixels
 OPTIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "float32, int8": {"dtype": "float32", "quantization": "int8"},
-    "float32, fp8 cache": {"dtype": "float32", "kv_dtype": "fp8"},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, int8": {"dtype": "bfloat16", "quantization": "int8"},
-    "bfloat16, fp8 cache": {"dtype": "bfloat16", "kv_dtype": "fp8"},
 }
 
 
