@@ -233,6 +233,7 @@ class DetokenizerTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=dit.device,
+            dtype=torch.bfloat16,
             config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch),
             on_log=lambda step: self._show(read(), name, step),
             **options,

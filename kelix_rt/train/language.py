@@ -217,6 +217,7 @@ class LanguageTrainer:
             out=self.out,
             seed=self.recipe.seed,
             device=model.device,
+            dtype=torch.bfloat16,
             config=self.recipe.facts(
                 pictures=self.recipe.pictures, tasks=dict(stage.tasks), batch=stage.batch
             ),

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from kelix_rt.train import products
 from kelix_rt.train.progress import StageLog
 from kelix_rt.train.states import StageIdentity, TrainingError, load_state, save_state
 
@@ -72,10 +73,11 @@ def run_stage(
     """Optimises `loss_fn(step)["loss"]` over `parameters` with AdamW; resumes where it stopped.
 
     modules: what the checkpoint `out/<name>.pt` holds, by name. loss_fn: tensors by name, all
-    logged (as `out/<name>.jsonl` and on the console); bfloat16 `dtype` runs it under autocast.
-    clip: largest gradient norm. config: JSON-like facts the stage depends on, such as sizes and
-    data; a checkpoint of others is refused. on_log: called after every logged step, for measures
-    and pictures that are not part of the loss; what it returns is logged too.
+    logged (as `out/<name>.jsonl` and on the console). bfloat16 `dtype`: of the factors of products,
+    where the device multiplies them fast. clip: largest gradient norm. config: JSON-like facts the
+    stage depends on, such as sizes and data; a checkpoint of others is refused. on_log: called
+    after every logged step, for measures and pictures that are not part of the loss; what it
+    returns is logged too.
 
     A stage already at its last step is only loaded. Raises ConfigError for a checkpoint of another
     world version or config, TrainingError for a loss or gradient that is not finite and for a
@@ -142,6 +144,6 @@ def _optimise(
 
 
 def _precision(device: torch.device | str, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype)
+    if dtype == torch.bfloat16 and products.are_fast(device):
+        return products.Bfloat16Products()
+    return nullcontext()
