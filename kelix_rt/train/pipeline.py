@@ -47,8 +47,6 @@ STAGES = {
     "language": language_part.STAGES,
     "detokenizer": detokenizer_part.STAGES,
 }
-# What a finished part makes for the later ones.
-MAKES = {"autoencoder": "latents", "tokenizer": "pictures"}
 
 
 @dataclass
@@ -68,8 +66,15 @@ class Pipeline:
         trainer: Any = getattr(self, f"_{part}_trainer")
         asked = STAGES[part] if stages is None else stages
         trainer.run(asked, **options)
-        if STAGES[part][-1] in asked and part in MAKES:
-            getattr(self, MAKES[part])
+        if STAGES[part][-1] in asked:
+            self.encode(part)
+
+    def encode(self, part: str) -> None:
+        """Writes what later parts read of a finished one: codes or latents of the pictures."""
+        if part == "tokenizer":
+            self.codes()
+        elif part == "autoencoder":
+            self.latents()
 
     def train_all(self, **options: Any) -> None:
         """All stages of all parts; what is finished is only loaded."""
@@ -159,18 +164,16 @@ class Pipeline:
             trainer.model.set_codebooks(trainer.quantizer.codebooks())
         return trainer.model.eval().requires_grad_(False)
 
-    @cached_property
-    def pictures(self) -> PictureCodes:
-        """Codes of the training pictures by the trained tokenizer."""
+    def codes(self) -> PictureCodes:
+        """Codes of the training pictures by the trained tokenizer; made once, then read."""
         sizes = self.recipe.sizes
         return encode_pictures(
             self.tokenizer, self.images, self.recipe.pictures, sizes.side, sizes.other_sides,
             sizes.vocab, self.recipe.seed, self.out / "codes.safetensors",
         )  # fmt: skip
 
-    @cached_property
     def latents(self) -> torch.Tensor:
-        """Latents of the training pictures by the trained autoencoder."""
+        """Latents of the training pictures by the trained autoencoder; made once, then read."""
         return encode_latents(
             self.vae, self.recipe.pictures, self.recipe.sizes.drawn_side, self.recipe.seed,
             self.out / "latents.safetensors",
@@ -195,7 +198,7 @@ class Pipeline:
     @cached_property
     def _language_trainer(self) -> language_part.LanguageTrainer:
         return language_part.LanguageTrainer(
-            self._new_language_model(), self.tokenizer, self.chats, self.pictures, self.recipe,
+            self._new_language_model(), self.tokenizer, self.chats, self.codes(), self.recipe,
             self.out / "language",
         )  # fmt: skip
 
@@ -204,7 +207,7 @@ class Pipeline:
         model = self._new_language_model()
         dit = new_dit(dit_config(self.recipe.sizes), self.device, self.recipe.seed)
         return detokenizer_part.DetokenizerTrainer(
-            dit, model.eval(), self.chats, self.pictures, self.latents, self.vae, self.recipe,
+            dit, model.eval(), self.chats, self.codes(), self.latents(), self.vae, self.recipe,
             self.out / "language", self.out / "detokenizer",
         )  # fmt: skip
 

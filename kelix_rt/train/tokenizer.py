@@ -126,10 +126,10 @@ class TokenizerTrainer:
             mixed = (strange(s, rng) if rng.random() < STRANGE else s for s in endless)
             return self.views.close_ups(mixed, count, sizes.side, rng)
         side = rng.choice((sizes.side, *sizes.other_sides))
-        views = self.views.twins if name == QUIET else self.views.pictures
         scenes = list(islice(endless, count))
         strangers = [strange(scene, rng) for scene in islice(endless, round(count * STRANGE))]
-        return views(scenes, strangers, side, TASKS[name], rng)
+        twins = name == QUIET
+        return self.views.pictures(scenes, strangers, side, TASKS[name], rng, twins)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
         """loss = text (next token) + labels + pixels + sight + vq + twins.

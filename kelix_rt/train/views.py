@@ -100,29 +100,20 @@ class Views:
         side: int,
         task: tuple[int, bool],
         rng: random.Random,
+        twins: bool = False,
     ) -> PictureBatch:
         """Whole pictures of one side in pixels: first those that are read, then `unread` ones.
 
-        task: how many questions are asked of each, and whether a caption follows.
+        task: how many questions are asked of each, and whether a caption follows. twins: half of
+        those that are read are plain, and behind all pictures stand unread ones of things of theirs
+        at other places; tokens of the same pixels are paired.
         """
-        views = [self._whole(scene, side) for scene in (*scenes, *unread)]
-        return PictureBatch.of(views, self._readings(scenes, task, rng))
-
-    def twins(
-        self,
-        scenes: Sequence[Scene],
-        unread: Sequence[Scene],
-        side: int,
-        task: tuple[int, bool],
-        rng: random.Random,
-    ) -> PictureBatch:
-        """`pictures`, half of those that are read plain, and behind all of them unread ones of
-        things of theirs at other places."""
-        plains = [plain(scene) for scene in scenes[: len(scenes) // 2]]
+        plains = [plain(scene) for scene in scenes[: len(scenes) // 2]] if twins else []
         scenes = [*plains, *scenes[len(plains) :]]
         moved = [_moved(scene, rng) for scene in plains]
         views = [self._whole(scene, side) for scene in (*scenes, *unread, *moved)]
-        return PictureBatch.of(views, self._readings(scenes, task, rng), equal_tokens(views, rng))
+        readings = self._readings(scenes, task, rng)
+        return PictureBatch.of(views, readings, equal_tokens(views, rng) if twins else None)
 
     def _readings(
         self, scenes: Sequence[Scene], task: tuple[int, bool], rng: random.Random

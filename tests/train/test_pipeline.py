@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kelix_rt import Engine
@@ -28,18 +29,22 @@ AMOUNTS = Amounts(questioned=1, drawn=1, reconstructed=1, encoded=1, side=56, st
 QUIET: dict[str, Any] = {"log_every": 1}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Every stage of every part, one or two steps each, and the export."""
+def train_everything(out: Path) -> Pipeline:
+    """Every stage of every part, one to four steps each, and the export."""
     recipe = CPU.scaled(0.0005)
     recipe = replace(recipe, sizes=SIZES)
     for part in STAGES:
         small = {name: replace(stage, batch=2) for name, stage in getattr(recipe, part).items()}
         recipe = replace(recipe, **{part: small})  # type: ignore[arg-type]
-    pipeline = Pipeline(recipe, tmp_path_factory.mktemp("run"), torch.device("cpu"))
+    pipeline = Pipeline(recipe, out, torch.device("cpu"))
     pipeline.train_all(**QUIET)
     pipeline.export()
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return train_everything(tmp_path_factory.mktemp("run"))
 
 
 def test_every_stage_leaves_a_checkpoint_and_a_log(run: Pipeline) -> None:
@@ -79,6 +84,16 @@ def test_a_second_run_trains_nothing(run: Pipeline, monkeypatch: pytest.MonkeyPa
     assert {path: path.stat().st_mtime_ns for path in run.out.rglob("*.pt")} == written
     for name, value in run._language_trainer.model.state_dict().items():
         assert torch.equal(value, again._language_trainer.model.state_dict()[name]), name
+
+
+def test_the_same_seed_gives_the_same_checkpoint(run: Pipeline, tmp_path: Path) -> None:
+    again = train_everything(tmp_path)
+    weights = [p.relative_to(run.checkpoint) for p in run.checkpoint.rglob("*.safetensors")]
+    assert len(weights) == 3
+    for file in weights:
+        first, second = load_file(run.checkpoint / file), load_file(again.checkpoint / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_the_run_is_measured(run: Pipeline) -> None:

@@ -69,7 +69,7 @@ def token_pixels(batch: PictureBatch) -> torch.Tensor:
 def test_twins_have_the_same_pixels_wherever_they_lie(views: Views) -> None:
     scenes = [make_scene("train", index, kind="mixed") for index in range(5)]
     strangers = [strange_twin(scenes.pop())]
-    batch = views.twins(scenes, strangers, SIDE, (2, True), random.Random(0))
+    batch = views.pictures(scenes, strangers, SIDE, (2, True), random.Random(0), twins=True)
     assert len(batch.readings) == 4 and len(batch.grids) == 7
     pixels = token_pixels(batch)
     one, other = batch.twins.unbind(1)
@@ -84,7 +84,7 @@ def test_twins_have_the_same_pixels_wherever_they_lie(views: Views) -> None:
 
 def test_half_of_the_pictures_with_twins_are_plain(views: Views) -> None:
     scenes = [make_scene("train", index) for index in range(4)]
-    batch = views.twins(scenes, [], SIDE, (2, True), random.Random(0))
+    batch = views.pictures(scenes, [], SIDE, (2, True), random.Random(0), twins=True)
     shown = [*map(plain, scenes[:2]), *scenes[2:]]
     patches = [views._images.patchify(draw(scene, SIDE))[0] for scene in shown]
     assert torch.equal(batch.patches[: 4 * 256], torch.cat(patches))
