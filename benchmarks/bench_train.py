@@ -1,8 +1,8 @@
 """Steps of kelix-tiny's training: bfloat16 products against float32 and against autocast.
 
-A step of the language model (512 positions, 130 of them visual and predicted) computes 11.5 GFLOP of
-products, one of the DiT (16 pictures) 24; about half of a float32 step is products, so no precision
-of theirs can make it twice as fast.
+A step of the language model (512 positions, 130 of them visual and predicted) computes 11.5 GFLOP
+of products, one of the DiT (16 pictures) 24; about half of a float32 step is products, so no
+precision of theirs can make it twice as fast.
 """
 
 from __future__ import annotations

@@ -234,6 +234,13 @@ def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> D
     return drawing(chats, full_request(subject.scene, rng), subject.answer())
 
 
+def _draw_strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """A request for things of which either the shape or the colour alone is told."""
+    scene, picture = subject.strange_answer()
+    wanted = full_request(scene, rng) if rng.random() < 0.5 else prompt(scene, rng).text
+    return drawing(chats, wanted, picture)
+
+
 def drawing(chats: ChatBuilder, request: str, picture: CodedPicture) -> Document:
     """A request and the picture that answers it."""
     return chats.chat([("user", request), ("assistant", chats.image)], [picture])
@@ -267,4 +274,5 @@ TASKS: Mapping[str, Task] = {
     "one_question": _one_question,
     "draw": _draw,
     "draw exactly": _draw_exactly,
+    "draw strange": _draw_strange,
 }

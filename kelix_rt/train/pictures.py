@@ -43,7 +43,8 @@ class PictureCodes:
     """Codes of train pictures 0 .. count - 1.
 
     drawn: int16 [count, T, N] at the side that drawings have. plain: the same of the scenes without
-    their nuisances (`plain`). strange: the same of their strange twins (`strange_twin`).
+    their nuisances (`plain`). strange: the same of their strange twins (`strange_twin`), and
+    plain_strange of those without nuisances.
     other: codes at one further side per picture: side -> int16 [pictures with this side, T', N];
     picture i has other_sides[i % len].
     to_ids: codes [T, N] -> ids of the unified vocabulary.
@@ -52,6 +53,7 @@ class PictureCodes:
     drawn: Tensor
     plain: Tensor
     strange: Tensor
+    plain_strange: Tensor
     other: Mapping[int, Tensor]
     side: int
     patch: int
@@ -73,6 +75,10 @@ class PictureCodes:
     def stranger(self, index: int) -> CodedPicture:
         """Its scene's strange twin."""
         return self._coded(self.strange[index], self.side)
+
+    def strange_answer(self, index: int) -> CodedPicture:
+        """What a request for the strange twin is answered with: the twin, plain."""
+        return self._coded(self.plain_strange[index], self.side)
 
     def seen(self, index: int, rng: random.Random) -> CodedPicture:
         """Picture `index` at any side: a third of the time not the one of drawings."""
@@ -107,6 +113,10 @@ class Subject:
         """The scene's strange twin and its picture."""
         return strange_twin(self.scene), self.codes.stranger(self.index)
 
+    def strange_answer(self) -> tuple[Scene, CodedPicture]:
+        """The scene's strange twin and what a request for it is answered with."""
+        return strange_twin(self.scene), self.codes.strange_answer(self.index)
+
     def seen(self, rng: random.Random) -> CodedPicture:
         """The picture at any side."""
         return self.codes.seen(self.index, rng)
@@ -138,15 +148,14 @@ def encode_pictures(
     The cache names the world, the pictures and the tokenizer's weights it was made with; another
     one is replaced. Raises TrainingError when it cannot be written.
     """
-    facts = {"side": side, "others": other_sides, "count": count, "seed": seed}
+    scenes = [scene_of(index, seed) for index in range(count)]
+    twins = [strange_twin(scene) for scene in scenes]
+    kinds = {"drawn": scenes, "plain": [plain(scene) for scene in scenes], "strange": twins,
+             "plain_strange": [plain(twin) for twin in twins]}  # fmt: skip
+    facts = {"side": side, "others": other_sides, "count": count, "seed": seed, "of": list(kinds)}
 
     def make() -> dict[str, Tensor]:
-        scenes = [scene_of(index, seed) for index in range(count)]
-        found = {
-            "drawn": _codes(tokenizer, images, scenes, side),
-            "plain": _codes(tokenizer, images, [plain(scene) for scene in scenes], side),
-            "strange": _codes(tokenizer, images, [strange_twin(scene) for scene in scenes], side),
-        }
+        found = {kind: _codes(tokenizer, images, own, side) for kind, own in kinds.items()}
         for number, other in enumerate(other_sides):
             own = scenes[number :: len(other_sides)]
             if own:
@@ -159,9 +168,8 @@ def encode_pictures(
     def to_ids(codes: Tensor) -> Tensor:
         return tokenizer.global_ids(codes, vocab).cpu()
 
-    return PictureCodes(
-        stored["drawn"], stored["plain"], stored["strange"], other, side, images.patch_size, to_ids
-    )
+    coded = {kind: stored[kind] for kind in kinds}
+    return PictureCodes(**coded, other=other, side=side, patch=images.patch_size, to_ids=to_ids)
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     asked |= {"questions": 2.0, "strange questions": 0.8, "inventory": 0.7}
     mixed = {"text": 0.4, "told relations": 0.5, "caption": 0.4, "draw": 3.5, **asked}
     related = {"told relations": 1.2, "shown relations": 1.0, "relation questions": 1.5}
-    drawn = {"draw": 7.0, "draw exactly": 5.0}
+    drawn = {"draw": 6.0, "draw exactly": 4.0, "draw strange": 4.0}
     late = mixed | {"shown": 1.0, "questions": 2.5, "inventory": 0.3} | related | drawn
     single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {

@@ -68,10 +68,11 @@ def draw(scene: Scene, side: int = 112) -> Image.Image:
     """RGB picture of side x side pixels, anti-aliased. Raises InputError for side < 32."""
     if side < MIN_SIDE:
         raise InputError(f"draw: side must be at least {MIN_SIDE} pixels, got {side}")
-    rng = _Plain() if scene.variation is None else random.Random(scene.variation)
+    looks = random.Random(scene.variation)
+    rng = looks if scene.nuisances else _Plain()
     picture = _background(scene.background, side, rng)
     for thing in scene.things:
-        _draw_thing(picture, thing, rng)
+        _draw_thing(picture, thing, looks, rng)
     if scene.word is not None:
         _draw_word(picture, scene, rng)
     return picture
@@ -188,17 +189,20 @@ def unnamed_colour(rng: random.Random) -> Colour:
             return red, green, blue
 
 
-def _draw_thing(picture: Image.Image, thing: Thing, rng: random.Random) -> None:
+def _draw_thing(
+    picture: Image.Image, thing: Thing, looks: random.Random, rng: random.Random
+) -> None:
+    """looks: decides what the unnamed looks like. rng: the nuisances."""
     side = picture.width
     centre = [side * _shifted(c, SHIFTS[thing.size], rng) for c in CELL_CENTRES[thing.cell]]
     diameter = side * DIAMETERS[thing.size] * rng.uniform(0.94, 1.06)
     turn = rng.uniform(-TURN, TURN)
     whole = [math.floor(c) for c in centre]
-    shape = rng.choice(UNNAMED_SHAPES) if thing.shape == UNNAMED else thing.shape
+    shape = looks.choice(UNNAMED_SHAPES) if thing.shape == UNNAMED else thing.shape
     mask = shape_mask(shape, diameter, turn, (centre[0] - whole[0], centre[1] - whole[1]))
     half = mask.width // 2
     named = thing.colour != UNNAMED
-    colour = _tinted(COLOUR_VALUES[thing.colour] if named else unnamed_colour(rng), 12, rng)
+    colour = _tinted(COLOUR_VALUES[thing.colour] if named else unnamed_colour(looks), 12, rng)
     picture.paste(colour, (whole[0] - half, whole[1] - half), mask)
 
 

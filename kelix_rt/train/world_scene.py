@@ -63,16 +63,18 @@ class Scene:
     """What a picture shows.
 
     things: 0 to 4 objects, in cells of their own. word: printed word or None. band: where the word
-    stands (nothing else lies there). variation: seed of the nuisances that no text names (shifts,
-    exact sizes, turns, tints); None: none of them, so that the picture is decided by what texts can
-    name. Raises InputError for unknown names or clashing places.
+    stands (nothing else lies there). variation: seed of what no text names: the looks of unnamed
+    things, and the nuisances (shifts, exact sizes, turns, tints). nuisances: whether there are any;
+    without them what texts can name decides the picture. Raises InputError for unknown names or
+    clashing places.
     """
 
     things: tuple[Thing, ...]
     background: str
     word: str | None = None
     band: str = "center"
-    variation: int | None = 0
+    variation: int = 0
+    nuisances: bool = True
 
     def __post_init__(self) -> None:
         require("Scene", "background", self.background, BACKGROUNDS)
@@ -84,8 +86,6 @@ class Scene:
             raise InputError(
                 f"Scene: things must lie in cells of their own, at most 4, got {cells}"
             )
-        if self.variation is None and any(UNNAMED in thing.look for thing in self.things):
-            raise InputError("Scene: what an unnamed thing looks like needs a variation, got None")
         if "center" in cells and len(cells) > 1:
             raise InputError(f"Scene: a thing in the center must be alone, got {cells}")
         if self.word is not None and any(_crosses(self.band, cell) for cell in cells):
@@ -116,7 +116,7 @@ class Scene:
 def plain(scene: Scene) -> Scene:
     """The scene without nuisances. Drawing is taught with these: what no text names is most of a
     picture's codes, and drowns the little that the request decides."""
-    return replace(scene, variation=None)
+    return replace(scene, nuisances=False)
 
 
 def strange(scene: Scene, rng: random.Random) -> Scene:

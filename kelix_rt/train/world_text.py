@@ -9,7 +9,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kelix_rt.errors import InputError
 from kelix_rt.train.world_scene import CELLS, OPPOSITES, UNNAMED, Scene, Thing
 
 # fmt: off
@@ -186,9 +185,12 @@ def _relation_phrase(
 
 
 def _noun(thing: Thing, sized: bool) -> str:
-    if UNNAMED in thing.look:
-        raise InputError(f"_noun: {thing} has no name, so no caption or request can tell it")
-    return f"{thing.size} {thing.colour} {thing.shape}" if sized else " ".join(thing.look)
+    """All that has a name: "small red ring", "small ring", "red object"."""
+    words = [thing.size] if sized else []
+    if thing.colour != UNNAMED:
+        words.append(thing.colour)
+    words.append("object" if thing.shape == UNNAMED else thing.shape)
+    return " ".join(words)
 
 
 def _place(cell: str, rng: random.Random) -> str:

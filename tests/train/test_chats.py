@@ -95,7 +95,7 @@ def test_pictures_must_have_places() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_makes_a_document(name: str) -> None:
-    codes = PictureCodes(*torch.zeros(3, 1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640)
+    codes = PictureCodes(*torch.zeros(4, 1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640)
     subject = Subject(scene_of(0, 0), codes, 0)
     document = TASKS[name](tiny.chats(), subject, random.Random(0))
     assert len(document.ids) == len(document.counted)
@@ -106,9 +106,11 @@ def test_every_task_makes_a_document(name: str) -> None:
     assert document.ids == again.ids and document.counted == again.counted
 
 
-@pytest.mark.parametrize(("name", "is_plain"), [("draw", 1), ("draw exactly", 1), ("caption", 0)])
-def test_drawings_are_taught_plain(name: str, is_plain: int) -> None:
-    kinds = torch.tensor([0, 1, 2], dtype=torch.int16).view(3, 1, 1, 1).expand(3, 1, 4, 8)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("draw", 1), ("draw exactly", 1), ("draw strange", 3), ("caption", 0)]
+)
+def test_drawings_are_taught_plain(name: str, kind: int) -> None:
+    kinds = torch.arange(4, dtype=torch.int16).view(4, 1, 1, 1).expand(4, 1, 4, 8)
     codes = PictureCodes(*kinds, {}, 56, 14, lambda c: c + 640)
     document = TASKS[name](tiny.chats(), Subject(scene_of(0, 0), codes, 0), random.Random(0))
-    assert torch.equal(document.codes, torch.full_like(document.codes, 640 + is_plain))
+    assert torch.equal(document.codes, torch.full_like(document.codes, 640 + kind))

@@ -99,8 +99,10 @@ def test_unnamed_colours_are_none_of_the_named_ones() -> None:
 @pytest.mark.parametrize("look", [("ring", UNNAMED), (UNNAMED, "red")])
 def test_variations_decide_what_the_unnamed_look_like(look: tuple[str, str]) -> None:
     thing = Thing(*look, "large", "center")
-    pictures = [draw(Scene((thing,), "black", variation=i % 3)).tobytes() for i in range(6)]
-    assert pictures[:3] == pictures[3:] and len(set(pictures)) == 3
+    for nuisances in (True, False):
+        scenes = [Scene((thing,), "black", variation=i % 8, nuisances=nuisances) for i in range(16)]
+        pictures = [draw(scene).tobytes() for scene in scenes]
+        assert pictures[:8] == pictures[8:] and len(set(pictures)) > 3
 
 
 def test_words_stand_out_on_every_background() -> None:
@@ -145,9 +147,9 @@ def test_plain_pictures_differ_by_what_texts_can_name() -> None:
     one, two = (np.asarray(draw(plain(scene), 112)) for scene in scenes)
     assert np.array_equal(one, two) and not np.array_equal(varied, other)
     thing = Thing("square", "red", "large", "center")
-    picture = draw(Scene((thing,), "white", variation=None), 112)
+    picture = draw(Scene((thing,), "white", nuisances=False), 112)
     assert picture.getpixel((56, 56)) == COLOUR_VALUES["red"]
-    mask = np.asarray(coverage(Scene((thing,), "white", variation=None), picture)) > 0
+    mask = np.asarray(coverage(Scene((thing,), "white", nuisances=False), picture)) > 0
     assert np.array_equal(mask, mask[::-1]) and np.array_equal(mask, mask[:, ::-1])
 
 
@@ -158,6 +160,6 @@ def test_a_thing_of_a_plain_picture_covers_its_tokens_alike_in_every_cell() -> N
         "center": (56, 56),
         "top right": (112, 0),
     }.items():
-        picture = draw(Scene((Thing("star", "blue", "large", cell),), "tan", variation=None), 224)
+        picture = draw(Scene((Thing("star", "blue", "large", cell),), "tan", nuisances=False), 224)
         quarters.append(np.asarray(picture)[top : top + 112, left : left + 112])
     assert np.array_equal(quarters[0], quarters[1]) and np.array_equal(quarters[0], quarters[2])

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from kelix_rt.train.world_scene import COLOURS, SHAPES, Scene, Thing
+from kelix_rt.train.pictures import strange_twin
+from kelix_rt.train.world_scene import COLOURS, SHAPES, UNNAMED, Scene, Thing
 from kelix_rt.train.world_splits import SPLITS, make_scenes
 from kelix_rt.train.world_text import (
     NUMBERS,
@@ -17,6 +18,7 @@ from kelix_rt.train.world_text import (
     caption,
     caption_question,
     counted,
+    full_request,
     inventory,
     listed,
     plural,
@@ -147,3 +149,13 @@ def test_inventories_differ_for_scenes_that_differ() -> None:
         (frozenset(s.things), s.background, s.word, s.band if s.word else None) for s in scenes
     }
     assert len({inventory(scene) for scene in scenes}) == len(settled)
+
+
+def test_requests_for_strange_things_tell_one_of_colour_and_shape() -> None:
+    rng = random.Random(3)
+    both = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+    either = re.compile(f"({'|'.join(COLOURS)}) object|{'|'.join(SHAPES)}")
+    for scene in map(strange_twin, make_scenes("train", 400)):
+        for text in (prompt(scene, rng).text, full_request(scene, rng), inventory(scene)):
+            assert UNNAMED not in text and not both.search(text), text
+            assert not scene.things or either.search(text), text
