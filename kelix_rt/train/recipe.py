@@ -151,7 +151,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
         "2.2": stage(7000, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(5200, 6e-4, late, lr_floor=0.03),
+        "3": stage(7500, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
@@ -167,8 +167,8 @@ CPU = Recipe(
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
-        "1": Stage(3200, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(2200, 8e-4, 50, 16, lr_floor=0.02),
+        "1": Stage(10000, 1e-3, 100, 16, lr_floor=0.4),
+        "2": Stage(2500, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
