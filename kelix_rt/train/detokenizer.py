@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
 STAGES = ("1", "2")
-# Stage of the language model that each stage reads: the first one need not wait for the last, and
-# was hardly set back when the states under it changed (docs/kelix-tiny.md).
+# Stage of the language model that each stage reads: the first one need not wait for the last. What
+# a change from stage 2.2 to the last one costs was measured (docs/kelix-tiny.md), from 2.1 not.
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.

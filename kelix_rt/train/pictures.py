@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ALL_SCENES = 1_000_000  # train scenes that parts draw from which need no codes of them
 _BATCH = 16
+_KINDS = ("drawn", "plain", "strange", "plain_strange")  # fields of `PictureCodes`
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,14 @@ def encode_pictures(
     The cache names the world, the pictures and the tokenizer's weights it was made with; another
     one is replaced. Raises TrainingError when it cannot be written.
     """
-    scenes = [scene_of(index, seed) for index in range(count)]
-    twins = [strange_twin(scene) for scene in scenes]
-    kinds = {"drawn": scenes, "plain": [plain(scene) for scene in scenes], "strange": twins,
-             "plain_strange": [plain(twin) for twin in twins]}  # fmt: skip
-    facts = {"side": side, "others": other_sides, "count": count, "seed": seed, "of": list(kinds)}
+    facts = {"side": side, "others": other_sides, "count": count, "seed": seed, "of": list(_KINDS)}
 
     def make() -> dict[str, Tensor]:
-        found = {kind: _codes(tokenizer, images, own, side) for kind, own in kinds.items()}
+        scenes = [scene_of(index, seed) for index in range(count)]
+        twins = [strange_twin(scene) for scene in scenes]
+        shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
+        coded = (_codes(tokenizer, images, own, side) for own in shown)
+        found = dict(zip(_KINDS, coded, strict=True))
         for number, other in enumerate(other_sides):
             own = scenes[number :: len(other_sides)]
             if own:
@@ -168,7 +169,7 @@ def encode_pictures(
     def to_ids(codes: Tensor) -> Tensor:
         return tokenizer.global_ids(codes, vocab).cpu()
 
-    coded = {kind: stored[kind] for kind in kinds}
+    coded = {kind: stored[kind] for kind in _KINDS}
     return PictureCodes(**coded, other=other, side=side, patch=images.patch_size, to_ids=to_ids)
 
 
