@@ -150,13 +150,13 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "warmup": stage(1500, 1e-3, {"told": 3.0, "text": 0.5}, lr_floor=0.3),
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
-        "2.2": stage(7000, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(7500, 6e-4, late, lr_floor=0.03),
+        "2.2": stage(6000, 8e-4, mixed, lr_floor=0.4),
+        "3": stage(7000, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
 
-# About two and a half hours on two CPU cores; docs/kelix-tiny.md has what was measured.
+# About two hours and twenty minutes on two CPU cores; docs/kelix-tiny.md has what was measured.
 CPU = Recipe(
     autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
     tokenizer={
@@ -168,7 +168,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(10000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(2500, 8e-4, 50, 16, lr_floor=0.02),
+        "2": Stage(2200, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
