@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STAGES = ("1", "2")
 # Stage of the language model that each stage reads: the first one need not wait for the last. What
-# a change from stage 2.2 to the last one costs was measured (docs/kelix-tiny.md), from 2.1 not.
+# the change of states costs was measured (docs/kelix-tiny.md).
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.

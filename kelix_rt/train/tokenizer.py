@@ -36,7 +36,7 @@ from kelix_rt.train.reading import Reader, reader_config
 from kelix_rt.train.recipe import Recipe
 from kelix_rt.train.states import load_modules, write_whole
 from kelix_rt.train.token_labels import LabelHead
-from kelix_rt.train.token_pixels import PixelHead, token_pixels
+from kelix_rt.train.token_pixels import PaintHead, PixelHead, token_paint, token_pixels
 from kelix_rt.train.views import PictureBatch, Views
 from kelix_rt.train.vision_start import new_vision_tokenizer, whiten_patches
 from kelix_rt.train.world import Split, draw, make_scene
@@ -47,6 +47,7 @@ STAGES = ("warmup", "1", "2", "3")
 CONTINUOUS = "warmup"  # the stage without a quantizer
 QUIET = "3"  # the stage with twins
 TWIN_WEIGHT = 3.0
+PAINT_WEIGHT = OUTLINE_WEIGHT = 10.0
 STRANGE = 1 / 3  # share of scenes whose things have no name for their colour or for their shape
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
@@ -73,6 +74,7 @@ class TokenizerTrainer:
     quantizer: SimVQ = field(init=False)
     reader: Reader = field(init=False)
     pixels: PixelHead = field(init=False)
+    paint: PaintHead = field(init=False)
     labels: LabelHead = field(init=False)
     sight: LabelHead = field(init=False)
 
@@ -87,6 +89,7 @@ class TokenizerTrainer:
         self.reader = Reader(own, seed).to(self.device)
         patch = self.config.vision_config.patch_size
         self.pixels = PixelHead(self.config.output_dim, patch).to(self.device)
+        self.paint = PaintHead(self.config.output_dim).to(self.device)
         self.labels = LabelHead(self.config.output_dim).to(self.device)
         self.sight = LabelHead(4 * self.config.vision_config.hidden_size).to(self.device)
         self._recent: list[Tensor] = []
@@ -100,6 +103,7 @@ class TokenizerTrainer:
             "quantizer": self.quantizer,
             "reader": self.reader,
             "pixels": self.pixels,
+            "paint": self.paint,
             "labels": self.labels,
             "sight": self.sight,
         }
@@ -132,17 +136,19 @@ class TokenizerTrainer:
         return self.views.pictures(scenes, strangers, side, TASKS[name], rng, twins)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
-        """loss = text (next token) + labels + pixels + sight + vq + twins.
+        """loss = text (next token) + labels + pixels + outline + paint + sight + vq + twins.
 
         sight: labels read from the vision transformer itself. While `continuous` it learns from
         them alone; through a merger that has yet to learn it sees little but noise.
+        outline, paint: form and colour of what is drawn, each linear in the codes, so that neither
+        is known only together with the other.
         twins: tokens of the same pixels should have the same codes, wherever they lie and whatever
         lies beside them; what depends on that is noise to a language model that writes codes.
 
         Without text where nothing is read, without vq while `continuous`, without twins where there
         are none.
         """
-        patches = batch.patches.to(self.device)
+        patches, covered = batch.patches.to(self.device), batch.covered.to(self.device)
         layout = self.model.layout(patches, batch.grids)
         labels = batch.labels.to(self.device)
         hidden = self._hidden(patches, layout)
@@ -162,10 +168,12 @@ class TokenizerTrainer:
         if batch.readings:
             tokens = [length // 4 for length in layout.lengths[: len(batch.readings)]]
             losses["text"] = self.reader(fused[: sum(tokens)], tokens, batch.readings)
-        shown = torch.cat((patches, batch.covered.to(self.device)), dim=1)
-        wanted = token_pixels(shown, layout.merge_order)
+        wanted = token_pixels(torch.cat((patches, covered), dim=1), layout.merge_order)
         scaled = F.rms_norm(fused, fused.shape[1:])
-        losses["pixels"] = self.pixels(scaled, wanted)
+        errors = self.pixels(scaled, wanted)
+        losses["pixels"], losses["outline"] = errors.mean(), OUTLINE_WEIGHT * errors[-1]
+        paint = token_paint(patches, covered, layout.merge_order)
+        losses["paint"] = PAINT_WEIGHT * self.paint(scaled, *paint)
         losses["labels"] = self.labels(scaled, labels)
         self._latest = scaled.detach(), seen.detach(), labels
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}

@@ -14,7 +14,8 @@ from kelix_rt.processing import ImageProcessor, TextTokenizer
 from kelix_rt.train.quantizer import code_usage
 from kelix_rt.train.recipe import CPU, Recipe, Sizes, Stage, tokenizer_config
 from kelix_rt.train.text_tokenizer import write_text_tokenizer
-from kelix_rt.train.tokenizer import TokenizerTrainer, token_pixels
+from kelix_rt.train.token_pixels import token_paint, token_pixels
+from kelix_rt.train.tokenizer import TokenizerTrainer
 from kelix_rt.train.world import make_scene
 
 SIZES = Sizes(
@@ -76,7 +77,7 @@ def test_steps_lower_the_loss_on_a_fixed_batch(
     assert ("text" in seen[0], "vq" in seen[0]) == (name == "2", name == "2")
     for part in seen[0].keys() & {"text", "labels"}:
         assert seen[-1][part] < 0.6 * seen[0][part], part
-    assert seen[-1]["pixels"] < seen[0]["pixels"]
+    assert all(seen[-1][part] < seen[0][part] for part in ("pixels", "outline", "paint"))
 
 
 def test_export_encodes_as_the_training_modules_do(
@@ -105,7 +106,7 @@ def test_stage_one_leaves_the_vision_transformer_alone(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith((
         "model.merger.", "model.encoder.", "model.z_", "model.up_projectors", "quantizer.",
-        "reader.", "pixels.", "labels.", "sight.",
+        "reader.", "pixels.", "paint.", "labels.", "sight.",
     ))}  # fmt: skip
     assert torch.equal(after["quantizer.centres"], state("3")["quantizer.centres"])
 
@@ -147,3 +148,14 @@ def test_token_pixels_belong_to_their_token(trained: TokenizerTrainer) -> None:
     pixels = token_pixels(patches, layout.merge_order)
     assert pixels.shape == (2, 588) and pixels[0].sum() == 0
     assert pixels[1].view(4, 147).sum(1).tolist() == [0, 0, 147, 0]
+
+
+def test_paint_is_the_colour_of_what_covers_a_token(trained: TokenizerTrainer) -> None:
+    patches, covered = torch.full((8, 3, 14, 14), -0.5), -torch.ones(8, 1, 14, 14)
+    covered[6, :, :7] = 1.0  # half a patch of token 1, as above
+    patches[6, :, :7] = torch.tensor([1.0, 0.25, -1.0]).view(3, 1, 1)
+    covered[0, :, 0, :2] = 1.0  # a speck of token 0
+    layout = trained.model.layout(patches, torch.tensor([[1, 2, 4]]))
+    paint, there = token_paint(patches, covered, layout.merge_order)
+    assert there.tolist() == [False, True]
+    assert paint[1].tolist() == pytest.approx([1.0, 0.25, -1.0])
