@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHANNELS = 4  # red, green, blue, covered
 LEAST_COVERED = 0.04  # share of a token below which it shows no colour worth learning
 
 
@@ -17,15 +16,13 @@ class PixelHead(nn.Module):
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, CHANNELS * patch**2)
+        self.linear = nn.Linear(width, 4 * patch**2)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, fused: Tensor, wanted: Tensor) -> Tensor:
-        """Mean squared errors of the four channels, [4]; fused [T, O], wanted [T, 4 * P * P] in
-        -1..1, of `token_pixels`."""
-        errors = F.mse_loss(self.linear(fused).float(), wanted, reduction="none")
-        return errors.view(len(fused), 4, CHANNELS, -1).mean((0, 1, 3))
+        """Mean squared error; fused [T, O], wanted [T, 4 * P * P] in -1..1."""
+        return F.mse_loss(self.linear(fused).float(), wanted)
 
 
 def token_pixels(patches: Tensor, merge_order: Tensor) -> Tensor:

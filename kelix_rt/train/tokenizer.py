@@ -47,7 +47,7 @@ STAGES = ("warmup", "1", "2", "3")
 CONTINUOUS = "warmup"  # the stage without a quantizer
 QUIET = "3"  # the stage with twins
 TWIN_WEIGHT = 3.0
-PAINT_WEIGHT = OUTLINE_WEIGHT = 10.0
+PAINT_WEIGHT = 10.0
 STRANGE = 1 / 3  # share of scenes whose things have no name for their colour or for their shape
 ADAPTERS = ("merger.", "aligner.", "encoder.", "z_", "up_projectors")  # trained in stage 1
 FEATURES_PER_CENTRE = 20
@@ -136,12 +136,12 @@ class TokenizerTrainer:
         return self.views.pictures(scenes, strangers, side, TASKS[name], rng, twins)
 
     def losses(self, batch: PictureBatch, continuous: bool) -> dict[str, Tensor]:
-        """loss = text (next token) + labels + pixels + outline + paint + sight + vq + twins.
+        """loss = text (next token) + labels + pixels + paint + sight + vq + twins.
 
         sight: labels read from the vision transformer itself. While `continuous` it learns from
         them alone; through a merger that has yet to learn it sees little but noise.
-        outline, paint: form and colour of what is drawn, each linear in the codes, so that neither
-        is known only together with the other.
+        paint: the colour of what is drawn, linear in the codes, so that it is not known only
+        together with the shape.
         twins: tokens of the same pixels should have the same codes, wherever they lie and whatever
         lies beside them; what depends on that is noise to a language model that writes codes.
 
@@ -170,8 +170,7 @@ class TokenizerTrainer:
             losses["text"] = self.reader(fused[: sum(tokens)], tokens, batch.readings)
         wanted = token_pixels(torch.cat((patches, covered), dim=1), layout.merge_order)
         scaled = F.rms_norm(fused, fused.shape[1:])
-        errors = self.pixels(scaled, wanted)
-        losses["pixels"], losses["outline"] = errors.mean(), OUTLINE_WEIGHT * errors[-1]
+        losses["pixels"] = self.pixels(scaled, wanted)
         paint = token_paint(patches, covered, layout.merge_order)
         losses["paint"] = PAINT_WEIGHT * self.paint(scaled, *paint)
         losses["labels"] = self.labels(scaled, labels)
