@@ -23,8 +23,8 @@ from kelix_rt.stages.render import sample
 from kelix_rt.stages.schedules import Schedule, flow_dpm, flow_euler, flow_euler_twice_shifted
 
 # The frequencies of the timestep come from torch.exp, which differs in the last bit between CPUs:
-# three of 128 so changed move a velocity by 8e-6. On an Intel CPU the golden velocities are 1.1e-5
-# from a float64 run, the package's 2e-6.
+# three of 128 so changed move a velocity by 8e-6. On an Intel CPU a golden velocity (tiny_release)
+# is 1.1e-5 from a run in float64 but for these frequencies, the package's 2e-6.
 VELOCITY = INTERMEDIATE = EULER = 2e-5
 DPM = 1e-4  # the golden run itself is off by 4e-5
 BFLOAT16_RUN = 1e-2
