@@ -14,7 +14,7 @@ from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.loading import choose_device
 from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.evaluate import Amounts, show
-from kelix_rt.train.lanes import ROUNDS, run_rounds
+from kelix_rt.train.jobs import JOBS, run_jobs
 from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
 from kelix_rt.train.recipe import CPU, GPU
 
@@ -96,7 +96,8 @@ def everything(
     run = pipeline(out, device, budget, seed, threads)
     if run.device.type == "cpu" and torch.get_num_threads() > 1:
         options = ("--out", str(out), "--device", "cpu", "--budget", str(budget))
-        run_rounds(ROUNDS, (*options, "--seed", str(seed)), torch.get_num_threads())
+        run.write_text()  # two of the first jobs read it
+        run_jobs(JOBS, (*options, "--seed", str(seed)), torch.get_num_threads())
     else:
         run.train_all()
     size = run.export()

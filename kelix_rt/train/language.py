@@ -10,7 +10,7 @@ only the answers count, in every stage; a picture beside its caption counts whol
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,15 @@ def fused_rows(tokenizer: VisionTokenizer) -> Tensor:
 
 @dataclass(frozen=True)
 class LanguageTrainer:
-    """Everything the stages of the language model need. out: where their checkpoints go."""
+    """Everything the stages of the language model need. out: where their checkpoints go.
+
+    tokenizer, pictures: called by stages with pictures, which the warm-up is not.
+    """
 
     model: KelixLM
-    tokenizer: VisionTokenizer
+    tokenizer: Callable[[], VisionTokenizer]
     chats: ChatBuilder
-    pictures: PictureCodes
+    pictures: Callable[[], PictureCodes]
     recipe: Recipe
     out: Path
 
@@ -175,22 +178,20 @@ class LanguageTrainer:
         tasks, weights = list(stage.tasks), list(stage.tasks.values())
         found: list[Document] = []
         while sum(len(document.ids) for document in found) < stage.batch:
-            index = rng.randrange(self.pictures.count)
+            index = rng.randrange(self.recipe.pictures)
             subject = Subject(scene_of(index, self.recipe.seed), self.pictures, index)
             found.append(TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng))
         return found
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, model = self.recipe.language[name], self.model
-        aligner = Aligner(self.tokenizer, model.config.qwen_config.embed_dim, self.recipe.seed)
-        aligner = aligner.to(model.device)
-        self._start_from(name, aligner)
+        self._start_from(name)
         modules: dict[str, nn.Module] = {"model": model}
+        aligner = None
         if name == ALIGNED:
-            modules["aligner"] = aligner
+            modules["aligner"] = aligner = self._new_aligner()
             model.requires_grad_(False)
-            for part in (model.block_decoder, aligner):
-                part.requires_grad_(True)
+            model.block_decoder.requires_grad_(True)
             model.head.requires_grad_(True)
             model.backbone.norm.requires_grad_(True)  # it stands in front of the head
         else:
@@ -199,7 +200,7 @@ class LanguageTrainer:
 
         def loss_fn(step: int) -> dict[str, Tensor]:
             batch = pack(model, self.documents(stage, name, step))
-            if name != ALIGNED:
+            if aligner is None:
                 return loss(batch)
             table = {"model.embeddings": aligner.table(model.embeddings)}
             return functional_call(loss, table, (batch,))
@@ -226,16 +227,21 @@ class LanguageTrainer:
         model.eval()
         return result
 
+    def _new_aligner(self) -> Aligner:
+        width = self.model.config.qwen_config.embed_dim
+        return Aligner(self.tokenizer(), width, self.recipe.seed).to(self.model.device)
+
     @torch.no_grad()
-    def _start_from(self, name: str, aligner: Aligner) -> None:
+    def _start_from(self, name: str) -> None:
         """Loads the stage before `name`; after the alignment, makes the two tables one."""
         order = STAGES.index(name)
         if order == 0:
             return
         before = STAGES[order - 1]
         modules: dict[str, nn.Module] = {"model": self.model}
-        if before == ALIGNED:
+        aligner = self._new_aligner() if before == ALIGNED else None
+        if aligner is not None:
             modules["aligner"] = aligner
         load_modules(self.out / f"language-{before}.pt", modules)
-        if before == ALIGNED:
+        if aligner is not None:
             self.model.embeddings.copy_(aligner.table(self.model.embeddings))

@@ -96,31 +96,31 @@ class PictureCodes:
 
 @dataclass(frozen=True)
 class Subject:
-    """One training scene with its coded pictures."""
+    """One training scene with its coded pictures. codes: called when one of them is asked for."""
 
     scene: Scene
-    codes: PictureCodes
+    codes: Callable[[], PictureCodes]
     index: int
 
     def drawing(self) -> CodedPicture:
         """The picture at the side that drawings have."""
-        return self.codes.drawing(self.index)
+        return self.codes().drawing(self.index)
 
     def answer(self) -> CodedPicture:
         """What a request for the scene is answered with."""
-        return self.codes.answer(self.index)
+        return self.codes().answer(self.index)
 
     def stranger(self) -> tuple[Scene, CodedPicture]:
         """The scene's strange twin and its picture."""
-        return strange_twin(self.scene), self.codes.stranger(self.index)
+        return strange_twin(self.scene), self.codes().stranger(self.index)
 
     def strange_answer(self) -> tuple[Scene, CodedPicture]:
         """The scene's strange twin and what a request for it is answered with."""
-        return strange_twin(self.scene), self.codes.strange_answer(self.index)
+        return strange_twin(self.scene), self.codes().strange_answer(self.index)
 
     def seen(self, rng: random.Random) -> CodedPicture:
         """The picture at any side."""
-        return self.codes.seen(self.index, rng)
+        return self.codes().seen(self.index, rng)
 
 
 def scene_of(index: int, seed: int) -> Scene:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +117,14 @@ class Pipeline:
     @property
     def text_folder(self) -> Path:
         """Files of the text tokenizer; trained when they are not there."""
+        self.write_text()
+        return self.out / "text"
+
+    def write_text(self) -> None:
+        """Trains the text tokenizer unless it is there."""
         folder = self.out / "text"
         if not (folder / "chat_template.jinja").is_file():  # the last file that is written
             write_text_tokenizer(folder, self.recipe.sizes, self.recipe.seed)
-        return folder
 
     @cached_property
     def text(self) -> TextTokenizer:
@@ -198,8 +202,8 @@ class Pipeline:
     @cached_property
     def _language_trainer(self) -> language_part.LanguageTrainer:
         return language_part.LanguageTrainer(
-            self._new_language_model(), self.tokenizer, self.chats, self.codes(), self.recipe,
-            self.out / "language",
+            self._new_language_model(), lambda: self.tokenizer, self.chats, cache(self.codes),
+            self.recipe, self.out / "language",
         )  # fmt: skip
 
     @cached_property

@@ -96,7 +96,7 @@ def test_pictures_must_have_places() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_makes_a_document(name: str) -> None:
     codes = PictureCodes(*torch.zeros(4, 1, 4, 8, dtype=torch.int16), {}, 56, 14, lambda c: c + 640)
-    subject = Subject(scene_of(0, 0), codes, 0)
+    subject = Subject(scene_of(0, 0), lambda: codes, 0)
     document = TASKS[name](tiny.chats(), subject, random.Random(0))
     assert len(document.ids) == len(document.counted)
     assert document.ids.count(PLACE) == len(document.codes)
@@ -112,5 +112,7 @@ def test_every_task_makes_a_document(name: str) -> None:
 def test_drawings_are_taught_plain(name: str, kind: int) -> None:
     kinds = torch.arange(4, dtype=torch.int16).view(4, 1, 1, 1).expand(4, 1, 4, 8)
     codes = PictureCodes(*kinds, {}, 56, 14, lambda c: c + 640)
-    document = TASKS[name](tiny.chats(), Subject(scene_of(0, 0), codes, 0), random.Random(0))
+    document = TASKS[name](
+        tiny.chats(), Subject(scene_of(0, 0), lambda: codes, 0), random.Random(0)
+    )
     assert torch.equal(document.codes, torch.full_like(document.codes, 640 + kind))

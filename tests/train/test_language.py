@@ -131,7 +131,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
                for name in changed)  # fmt: skip
     assert {"head", "backbone.norm"} < changed
     # Unification: stage 2.1 starts from the aligned rows, and from then on all of it moves.
-    aligner = Aligner(trainer.tokenizer, 64)
+    aligner = Aligner(trainer.tokenizer(), 64)
     load_modules(trainer.out / "language-1.pt", {"aligner": aligner})
     unified = aligner.table(aligned["embeddings"])
     assert (interleaved["embeddings"] - unified).abs().max() < 0.02

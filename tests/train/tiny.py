@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,9 @@ def pictures(folder: Path) -> PictureCodes:
 
 def trainer(folder: Path, seed: int = 0) -> LanguageTrainer:
     return LanguageTrainer(
-        model(seed), tokenizer(), chats(), pictures(folder), RECIPE, folder / "language"
-    )
+        model(seed), tokenizer, chats(), cache(partial(pictures, folder)), RECIPE,
+        folder / "language",
+    )  # fmt: skip
 
 
 def replaced(**parts: Any) -> Recipe:

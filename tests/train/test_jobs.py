@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kelix_rt.errors import KelixError
+from kelix_rt.train.jobs import JOBS, Job, run_jobs
+from kelix_rt.train.pipeline import STAGES
+
+
+def test_jobs_train_every_stage_once_and_in_order() -> None:
+    found: dict[str, list[str]] = {}
+    for number, job in enumerate(JOBS):
+        assert set(job.after) <= set(JOBS[:number]), "it would wait for ever"
+        before = [other for other in JOBS[:number] if other.part == job.part]
+        assert set(before[-1:]) <= set(job.after), "stages of one part need each other"
+        found.setdefault(job.part, []).extend(job.stages or STAGES[job.part])
+    assert found == {part: list(stages) for part, stages in STAGES.items()}
+
+
+def test_what_has_all_threads_has_nothing_beside_it() -> None:
+    def needs(job: Job) -> set[Job]:
+        return {job}.union(*map(needs, job.after))
+
+    assert [needs(job) == set(JOBS) for job in JOBS if job.alone] == [True]
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a command notes its part, "+" and threads when it starts and "-" when it ends."""
+    script, log = tmp_path / "note", tmp_path / "log"
+    script.write_text(
+        "#!/bin/sh\n"  # sh -m kelix_rt.train PART --seed 1 --threads N
+        f'echo "+$3$7" >> {log}; sleep ${{3#?}} || exit 1; echo "-$3" >> {log}\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr("kelix_rt.train.jobs.sys.executable", str(script))
+    monkeypatch.setattr("kelix_rt.train.jobs.POLL_SECONDS", 0.01)
+    return log
+
+
+def test_a_job_starts_when_those_it_is_after_have_ended(log: Path) -> None:
+    long, short = Job("a0.8"), Job("b0.1")
+    third = Job("c0.1", after=(short,))
+    last = Job("d0", after=(long, third), alone=True)
+    run_jobs((long, short, third, last), ["--seed", "1"], threads=5)
+    told = log.read_text().split()
+    assert set(told[:2]) == {"+a0.82", "+b0.12"}
+    assert told[2:] == ["-b0.1", "+c0.12", "-c0.1", "-a0.8", "+d05", "-d0"]
+
+
+def test_two_run_at_a_time(log: Path) -> None:
+    run_jobs([Job("a0.2"), Job("b0.2"), Job("c0")], ["--seed", "1"], threads=1)
+    told = log.read_text().split()
+    assert set(told[:2]) == {"+a0.21", "+b0.21"} and told[2][0] == "-"
+
+
+def test_a_failure_stops_what_runs_beside_it(log: Path) -> None:
+    long, wrong = Job("a9"), Job("bx")  # sleep takes no x
+    with pytest.raises(KelixError, match="train bx: ended with exit code 1"):
+        run_jobs([long, wrong, Job("c0", after=(wrong,))], ["--seed", "1"], threads=1)
+    assert "-a9" not in log.read_text() and "c0" not in log.read_text()
+
+
+def test_jobs_are_commands_of_the_package() -> None:
+    run_jobs([Job("tokenizer"), Job("language", ("1", "2.1"))], ["--help"], threads=1)
+    with pytest.raises(KelixError, match="train language --stage 9: ended with exit code 1"):
+        run_jobs([Job("language", ("9",))], [], threads=1)
