@@ -30,6 +30,7 @@ from kelix_rt.train.recipe import Recipe, Stage
 from kelix_rt.train.states import load_modules
 
 STAGES = ("warmup", "1", "2.1", "2.2", "3", "4")
+WORDS = "warmup"  # the stage without pictures
 ALIGNED = "1"  # the stage with an aligner instead of visual rows in the table
 
 
@@ -186,6 +187,8 @@ class LanguageTrainer:
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, model = self.recipe.language[name], self.model
         self._start_from(name)
+        if name != WORDS:
+            self.pictures()  # made before the loop, whose precision is not theirs
         modules: dict[str, nn.Module] = {"model": model}
         aligner = None
         if name == ALIGNED:

@@ -150,8 +150,8 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "warmup": stage(1500, 1e-3, {"told": 3.0, "text": 0.5}, lr_floor=0.3),
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
-        "2.2": stage(6000, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(7000, 6e-4, late, lr_floor=0.03),
+        "2.2": stage(9500, 8e-4, mixed, lr_floor=0.4),
+        "3": stage(15000, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
@@ -167,7 +167,7 @@ CPU = Recipe(
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
-        "1": Stage(10000, 1e-3, 100, 16, lr_floor=0.4),
+        "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
         "2": Stage(2200, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
@@ -183,7 +183,7 @@ GPU = replace(
         "2": Stage(2500, 7e-4, 50, 32, lr_floor=0.2),
         "3": Stage(1000, 5e-4, 50, 32, lr_floor=0.02),
     },
-    language=_language(batch=4096, share=0.6, rate=1.5),
+    language=_language(batch=4096, share=0.4, rate=1.5),
     detokenizer={
         "1": Stage(4500, 2e-3, 100, 128, lr_floor=0.3),
         "2": Stage(1000, 5e-4, 1, 128, lr_floor=0.02),

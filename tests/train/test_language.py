@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kelix_rt.train.language import (
     pack,
     slot_weights,
 )
+from kelix_rt.train.loop import StageResult
 from kelix_rt.train.states import load_modules
 from tests.train import tiny
 
@@ -159,3 +161,26 @@ def test_stages_resume(tmp_path: Path) -> None:
 def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"language-2\.1\.pt does not exist"):
         tiny.trainer(tmp_path).run(["2.2"])
+
+
+def test_the_warm_up_has_no_pictures(tmp_path: Path) -> None:
+    def absent() -> Any:
+        raise AssertionError("nothing has codes yet")
+
+    trainer = replace(tiny.trainer(tmp_path), tokenizer=absent, pictures=absent)
+    assert trainer.run(["warmup"], **QUIET).steps == 2
+
+
+def test_pictures_are_made_before_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the loop products have bfloat16 factors where that is fast: other codes would come out."""
+    trainer = tiny.trainer(tmp_path)
+    trainer.run(["warmup", "1", "2.1"], **QUIET)
+    asked: list[str] = []
+    watched = replace(trainer, pictures=lambda: asked.append("") or trainer.pictures())
+
+    def loop(name: str, **options: Any) -> StageResult:
+        assert asked, "the loop began without codes"
+        return StageResult(tmp_path, 0, 0)
+
+    monkeypatch.setattr("kelix_rt.train.language.run_stage", loop)
+    watched.run(["2.2"])
