@@ -156,7 +156,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     }
 
 
-# Two hours and a quarter on two CPU cores; docs/kelix-tiny.md has what was measured.
+# A little over two hours on two CPU cores; docs/kelix-tiny.md has what was measured.
 CPU = Recipe(
     autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
     tokenizer={
