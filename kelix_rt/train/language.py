@@ -150,7 +150,8 @@ def fused_rows(tokenizer: VisionTokenizer) -> Tensor:
 class LanguageTrainer:
     """Everything the stages of the language model need. out: where their checkpoints go.
 
-    tokenizer, pictures: called by stages with pictures, which the warm-up is not.
+    tokenizer, pictures: called by stages with pictures, which the warm-up is not; pictures once per
+    document, so it must keep what it made.
     """
 
     model: KelixLM
