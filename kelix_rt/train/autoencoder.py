@@ -17,6 +17,7 @@ from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import ALL_SCENES, scene_of, to_images, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
 from kelix_rt.train.sheet import picture_rows
+from kelix_rt.train.whitening import whiten
 from kelix_rt.train.world import draw
 from kelix_rt.train.world_scene import Scene, strange
 
@@ -28,9 +29,9 @@ SQUARE_WEIGHT = 4.0
 LATENT_WEIGHT = 1e-3
 CROP = 128  # side of what is cut out of a picture: four times the pictures for the same work
 BRANCH_START = 0.1  # of the residual branches' norms; at 1, each adds noise as large as its input
-MEASURED = 64  # pictures the scale of the latents is measured on
+MEASURED = 64  # pictures that the latents' variances are measured on
 SHOWN, SHOWN_EVERY = 8, 500  # pictures on a sheet, steps between sheets
-WIDEST, NARROWEST = 64, 8
+WIDEST, NARROWEST = 128, 8
 
 
 def new_autoencoder(sizes: Sizes, device: torch.device | str, seed: int) -> AutoencoderDC:
@@ -94,7 +95,7 @@ class AutoencoderTrainer:
         self.vae = new_autoencoder(self.recipe.sizes, self.device, self.recipe.seed)
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
-        """Trains, then measures the scale of the latents.
+        """Trains, then evens out the latents.
 
         options: further arguments of `run_stage`. Raises as `run_stage` does.
         """
@@ -129,17 +130,12 @@ class AutoencoderTrainer:
         losses["latent"] = latent.float().square().mean()
         return losses | {"loss": losses["loss"] + LATENT_WEIGHT * losses["latent"]}
 
-    @torch.no_grad()
-    def set_scale(self) -> None:
-        """Sets the config's scaling_factor so that scaled latents have a standard deviation of 1.
-
-        The DiT's noise has that scale.
+    def settle_latents(self) -> None:
+        """Whitens the latents of the weights as they were trained, and sets the config's
+        scaling_factor so that scaled latents have a standard deviation of 1, as the DiT's noise.
         """
-        parts = [
-            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
-            for i in range(min(MEASURED, self.recipe.pictures))
-        ]
-        self.vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
+        whiten(self.vae, self._measured())
+        self.vae.register_to_config(scaling_factor=1 / float(self._measured().std()))
 
     def export(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes the autoencoder as diffusers loads it; the trained one keeps its dtype."""
@@ -147,6 +143,15 @@ class AutoencoderTrainer:
         twin.load_state_dict(self.vae.state_dict())
         twin.register_to_config(scaling_factor=self.vae.config.scaling_factor)
         twin.to(dtype).save_pretrained(str(directory))
+
+    @torch.no_grad()
+    def _measured(self) -> Tensor:
+        """Latents of the first pictures."""
+        parts = [
+            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
+            for i in range(min(MEASURED, self.recipe.pictures))
+        ]
+        return torch.cat(parts)
 
     def _pictures(self, indices: Sequence[int]) -> Tensor:
         return self._drawn([scene_of(i, self.recipe.seed) for i in indices])
@@ -185,5 +190,5 @@ class AutoencoderTrainer:
             **options,
         )
         self.vae.requires_grad_(False).eval()
-        self.set_scale()
+        self.settle_latents()
         return result
