@@ -8,7 +8,7 @@ do: by one matrix behind the encoder and its inverse in front of the decoder.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def whiten(vae: AutoencoderDC, latents: Tensor) -> None:
     _before(vae.decoder, back)
 
 
-def _after(encoder: torch.nn.Module, matrix: Tensor) -> None:
+def _after(encoder: Any, matrix: Tensor) -> None:
     """Encoder -> matrix @ encoder. Its shortcut, means of neighbouring channels, has no weights:
     what the matrix changes about it goes into the middle of the last convolution."""
     conv = encoder.conv_out
@@ -49,7 +49,7 @@ def _after(encoder: torch.nn.Module, matrix: Tensor) -> None:
     conv.bias.copy_(matrix @ bias)
 
 
-def _before(decoder: torch.nn.Module, matrix: Tensor) -> None:
+def _before(decoder: Any, matrix: Tensor) -> None:
     """Decoder -> decoder @ matrix; its shortcut repeats channels."""
     conv = decoder.conv_in
     changed = torch.einsum("ojhw,ji->oihw", conv.weight.double().cpu(), matrix)
