@@ -142,9 +142,10 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     looked = {"shown": 4.0, "strange": 1.0, "pair": 1.0, "told": 0.7, "told relations": 0.5}
     asked = {"shown": 2.0, "shown relations": 1.4, "strange": 0.8}
     asked |= {"questions": 2.0, "strange questions": 0.8, "inventory": 0.7}
-    mixed = {"text": 0.4, "told relations": 0.8, "caption": 0.4, "draw": 3.5, **asked}
+    mixed = {"text": 0.4, "told relations": 0.8, "caption": 0.4, **asked}
+    mixed |= {"draw": 2.5, "draw strange": 2.0}
     related = {"told relations": 1.2, "relation questions": 1.5}
-    drawn = {"draw": 6.0, "draw exactly": 4.0, "draw strange": 4.0}
+    drawn = {"draw": 6.0, "draw exactly": 4.0, "draw strange": 7.0}
     late = mixed | {"shown": 1.0, "questions": 2.5, "inventory": 0.3} | related | drawn
     single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {
@@ -169,7 +170,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(2200, 8e-4, 50, 16, lr_floor=0.02),
+        "2": Stage(3000, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
