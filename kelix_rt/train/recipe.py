@@ -153,14 +153,17 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
         "2.2": stage(9500, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(17000, 6e-4, late, lr_floor=0.03),
+        "3": stage(16000, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
 
 # A little over two hours on two CPU cores; docs/kelix-tiny.md has what was measured.
 CPU = Recipe(
-    autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
+    autoencoder={
+        "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),
+        "2": Stage(4000, 7e-4, 100, 8, lr_floor=0.02),
+    },
     tokenizer={
         "warmup": Stage(3500, 2e-3, 100, 24, lr_floor=0.03),
         "1": Stage(300, 1e-3, 30, 6, lr_floor=0.3),
@@ -178,7 +181,10 @@ CPU = Recipe(
 GPU = replace(
     CPU,
     pictures=30_000,
-    autoencoder={"1": Stage(5000, 1e-3, 100, 64, lr_floor=0.02)},
+    autoencoder={
+        "1": Stage(5000, 1e-3, 100, 64, lr_floor=0.02),
+        "2": Stage(3000, 7e-4, 100, 64, lr_floor=0.02),
+    },
     tokenizer={
         "warmup": Stage(3500, 2e-3, 100, 96, lr_floor=0.03),
         "1": Stage(300, 1e-3, 30, 32, lr_floor=0.3),
