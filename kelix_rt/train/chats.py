@@ -226,7 +226,7 @@ def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random
 
 
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return drawing(chats, prompt(subject.scene, rng, in_order=True).text, subject.answer())
+    return drawing(chats, prompt(subject.scene, rng).text, subject.answer())
 
 
 def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -237,8 +237,7 @@ def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> D
 def _draw_strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """A request for things of which either the shape or the colour alone is told."""
     scene, picture = subject.strange_answer()
-    exactly = rng.random() < 0.5
-    wanted = full_request(scene, rng) if exactly else prompt(scene, rng, in_order=True).text
+    wanted = full_request(scene, rng) if rng.random() < 0.5 else prompt(scene, rng).text
     return drawing(chats, wanted, picture)
 
 
@@ -259,8 +258,6 @@ def _relations(scene: Scene, rng: random.Random, most: int) -> list[Question]:
     return list(dict.fromkeys(related or known))[:most]
 
 
-# Tasks that are hardest where much is in a picture, and would mostly meet pictures of one thing.
-CROWDED = {"shown relations", "relation questions", "draw", "draw exactly", "draw strange"}
 TASKS: Mapping[str, Task] = {
     "text": _text,
     "told": _told,
