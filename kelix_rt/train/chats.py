@@ -15,7 +15,7 @@ from kelix_rt.processing import ChatProcessor
 from kelix_rt.train.pictures import CodedPicture, Subject
 from kelix_rt.train.pure_text import text_sample
 from kelix_rt.train.world_questions import questions
-from kelix_rt.train.world_scene import SHAPES, WORDS, Scene
+from kelix_rt.train.world_scene import Scene
 from kelix_rt.train.world_text import (
     Question,
     caption,
@@ -23,7 +23,6 @@ from kelix_rt.train.world_text import (
     full_request,
     inventory,
     inventory_question,
-    plural,
     prompt,
 )
 
@@ -165,31 +164,7 @@ def _text(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
 
 def _told(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """The scene in words alone, with questions: what a language model brings along."""
-    return _lines_in_words(chats, subject.scene, _some(subject.scene, rng, 12), rng)
-
-
-def _lines_in_words(
-    chats: ChatBuilder, scene: Scene, asked: Sequence[Question], rng: random.Random
-) -> Document:
-    """Half of the time shapes go by the names of other things: "a small red boat". Pairs of colours
-    and names are then too many to know by heart, and have to be looked up in what was told."""
-    told = inventory(scene)
-    if rng.random() < 0.5:
-        others = [word for word in WORDS if word != scene.word]
-        names = dict(zip(SHAPES, rng.sample(others, len(SHAPES)), strict=True))
-        told = _renamed(told, names)
-        asked = [
-            replace(question, text=_renamed(question.text, names),
-                    answer=_renamed(question.answer, names))
-            for question in asked
-        ]  # fmt: skip
-    return chats.lines(told, asked)
-
-
-def _renamed(text: str, names: Mapping[str, str]) -> str:
-    for shape, name in names.items():
-        text = text.replace(plural(shape), plural(name)).replace(shape, name)
-    return text
+    return chats.lines(inventory(subject.scene), _some(subject.scene, rng, 12))
 
 
 def _shown(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -219,7 +194,7 @@ def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
 
 def _told_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """`_told` with what is learned last: how things lie to each other, where they do."""
-    return _lines_in_words(chats, subject.scene, _relations(subject.scene, rng, 8), rng)
+    return chats.lines(inventory(subject.scene), _relations(subject.scene, rng, 8))
 
 
 def _shown_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -251,7 +226,7 @@ def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random
 
 
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return drawing(chats, prompt(subject.scene, rng, in_order=True).text, subject.answer())
+    return drawing(chats, prompt(subject.scene, rng).text, subject.answer())
 
 
 def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -262,8 +237,7 @@ def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> D
 def _draw_strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """A request for things of which either the shape or the colour alone is told."""
     scene, picture = subject.strange_answer()
-    exactly = rng.random() < 0.5
-    wanted = full_request(scene, rng) if exactly else prompt(scene, rng, in_order=True).text
+    wanted = full_request(scene, rng) if rng.random() < 0.5 else prompt(scene, rng).text
     return drawing(chats, wanted, picture)
 
 
@@ -284,8 +258,6 @@ def _relations(scene: Scene, rng: random.Random, most: int) -> list[Question]:
     return list(dict.fromkeys(related or known))[:most]
 
 
-# Tasks that are hardest where much is in a picture, and would mostly meet pictures of one thing.
-CROWDED = {"shown relations", "relation questions", "draw", "draw exactly", "draw strange"}
 TASKS: Mapping[str, Task] = {
     "text": _text,
     "told": _told,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
-from kelix_rt.train.chats import CROWDED, TASKS, ChatBuilder, Document
+from kelix_rt.train.chats import TASKS, ChatBuilder, Document
 from kelix_rt.train.language_start import EMBEDDING_STD
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, Subject, scene_of
@@ -181,17 +181,9 @@ class LanguageTrainer:
         found: list[Document] = []
         while sum(len(document.ids) for document in found) < stage.batch:
             index = rng.randrange(self.recipe.pictures)
-            task = rng.choices(tasks, weights)[0]
-            if task in CROWDED and rng.random() < 0.5:
-                index = max(index, rng.randrange(self.recipe.pictures), key=self._crowd)
             subject = Subject(scene_of(index, self.recipe.seed), self.pictures, index)
-            found.append(TASKS[task](self.chats, subject, rng))
+            found.append(TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng))
         return found
-
-    def _crowd(self, index: int) -> int:
-        """How many different things, a word among them, picture `index` shows."""
-        scene = scene_of(index, self.recipe.seed)
-        return len(scene.groups()) + (scene.word is not None)
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, model = self.recipe.language[name], self.model

@@ -7,10 +7,7 @@ import torch
 
 from kelix_rt.train.chats import TASKS, completion_mask
 from kelix_rt.train.pictures import CodedPicture, PictureCodes, Subject, scene_of
-from kelix_rt.train.world import make_scene
-from kelix_rt.train.world_questions import QUESTION_KINDS
-from kelix_rt.train.world_scene import SHAPES
-from kelix_rt.train.world_text import Question, inventory
+from kelix_rt.train.world_text import Question
 from tests.train import tiny
 
 START, PLACE, END, MARK, MARK_END = 356, 359, 357, 386, 387
@@ -119,28 +116,3 @@ def test_drawings_are_taught_plain(name: str, kind: int) -> None:
         tiny.chats(), Subject(scene_of(0, 0), lambda: codes, 0), random.Random(0)
     )
     assert torch.equal(document.codes, torch.full_like(document.codes, 640 + kind))
-
-
-@pytest.mark.parametrize("task", ["told", "told relations"])
-def test_half_of_what_is_told_has_other_names(task: str) -> None:
-    class Told:
-        def lines(self, told: str, asked: list[Question]) -> tuple[str, list[Question]]:
-            return told, asked
-
-    renamed = 0
-    for seed in range(100):
-        scene = make_scene("train", seed)
-        if not scene.things:
-            continue
-        subject = Subject(scene, lambda: pytest.fail("no picture is asked for"), seed)
-        told, asked = TASKS[task](Told(), subject, random.Random(seed))  # type: ignore
-        texts = [told, *(f"{question.text} {question.answer}" for question in asked)]
-        if all(thing.shape in told for thing in scene.things):
-            assert told == inventory(scene)
-            continue
-        renamed += 1
-        assert not any(shape in text for shape in SHAPES for text in texts)
-        for thing in scene.things:
-            assert f"{thing.size} {thing.colour} " in told and thing.cell in told
-        assert {question.kind for question in asked} <= set(QUESTION_KINDS)
-    assert 25 < renamed < 60

@@ -21,7 +21,6 @@ from kelix_rt.train.language import (
     slot_weights,
 )
 from kelix_rt.train.loop import StageResult
-from kelix_rt.train.recipe import Stage
 from kelix_rt.train.states import load_modules
 from tests.train import tiny
 
@@ -170,25 +169,6 @@ def test_the_warm_up_has_no_pictures(tmp_path: Path) -> None:
 
     trainer = replace(tiny.trainer(tmp_path), tokenizer=absent, pictures=absent)
     assert trainer.run(["warmup"], **QUIET).steps == 2
-
-
-def test_what_is_hard_in_a_crowd_is_shown_crowds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = replace(tiny.trainer(tmp_path), recipe=tiny.replaced(pictures=1000))
-    seen: dict[str, list[int]] = {"draw": [], "questions": []}
-
-    def task(name: str) -> Any:
-        def document(chats: Any, subject: Any, rng: Any) -> Document:
-            seen[name].append(len(subject.scene.groups()) + (subject.scene.word is not None))
-            return documents()[0]
-
-        return document
-
-    monkeypatch.setattr("kelix_rt.train.language.TASKS", {name: task(name) for name in seen})
-    trainer.documents(Stage(1, 1e-3, 1, 1500, {"draw": 1.0, "questions": 1.0}), "3", 0)
-    share = {name: sum(n > 2 for n in found) / len(found) for name, found in seen.items()}
-    assert share["draw"] > 1.4 * share["questions"] > 0
 
 
 def test_pictures_are_made_before_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
