@@ -55,7 +55,9 @@ def cuda_root() -> Path | None:
         if candidate and (Path(candidate) / "bin" / "nvcc").exists():
             return Path(candidate)
     if os.environ.get("KELIX_CUDA") == "1":
-        raise SystemExit("KELIX_CUDA=1 but no nvcc: pip install '.[cuda]' or set CUDA_HOME")
+        raise SystemExit(
+            "KELIX_CUDA=1 but no nvcc: pip install -e '.[cuda]', then build again; or set CUDA_HOME"
+        )
     return None
 
 
@@ -83,7 +85,7 @@ def build_native(output: Path) -> None:
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *(f"-D{k}={v}" for k, v in options.items())]
     print(f"kelix_rt: building {'CPU and CUDA' if cuda else 'CPU'} operators with torch at {torch}")
     if not cuda:
-        print("kelix_rt: no nvcc found, CUDA tensors will be refused (pip install '.[cuda]')")
+        print("kelix_rt: no nvcc found, CUDA tensors are refused (pip install '.[cuda]' has one)")
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
     for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
         if subprocess.run(command, check=False).returncode != 0:
@@ -91,8 +93,13 @@ def build_native(output: Path) -> None:
 
 
 def _pybind11_dir() -> str:
-    import pybind11
-
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "kelix_rt: a build outside of pip needs cmake, ninja and pybind11 installed; "
+            "`make native` installs them, `pip install -e .` brings its own"
+        ) from None
     return pybind11.get_cmake_dir()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import kelix_rt
+from kelix_rt.assets import bundled
 from kelix_rt.config import (
     EngineConfig,
     KelixConfig,
@@ -50,11 +51,10 @@ def native() -> Facts:
     cuda is [] for a library built without nvcc; cutlass the version of its headers, or None.
     """
     try:
-        from kelix_rt import ops as _ops  # noqa: F401 - loads the library
+        from kelix_rt.ops import build_info
     except NativeError as error:
         return {"error": str(error)}
-    built: str = torch.ops.kelix.build_info()
-    fields = dict(part.split("=", 1) for part in built.split())
+    fields = build_info()
     targets = re.split(r"[,;]", fields["cuda"]) if fields["cuda"] else []
     return {"isa": fields["isa"], "cuda": targets, "cutlass": fields.get("cutlass")}
 
@@ -77,13 +77,13 @@ def checkpoint(
     dtype: torch.dtype | None = None,
     free_bytes: int | None = None,
 ) -> Facts:
-    """What a local checkpoint directory of any kind holds, and its memory ledger.
+    """What a local checkpoint directory of any kind (or kelix-tiny) holds, and its memory ledger.
 
     options, dtype, free_bytes: as `kelix_rt.memory.plan`. Subfolders dit/ and vae/ are described
     too. Raises InputError for a path that is no directory, ConfigError or WeightError for one that
     is no checkpoint.
     """
-    directory = Path(path).expanduser()
+    directory = bundled(str(path)) or Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(f"info: {path} is not a directory; a hub id has to be downloaded first")
     parts = [directory / name for name in ("dit", "vae") if (directory / name).is_dir()]

@@ -12,9 +12,10 @@ import torch
 
 from kelix_rt.config import EngineConfig, KelixConfig
 from kelix_rt.core import EngineCore
+from kelix_rt.devices import choose_device, choose_dtype
 from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.ledger import MemoryPlan
-from kelix_rt.loading import choose_device, choose_dtype, load_parts
+from kelix_rt.loading import load_parts
 from kelix_rt.memory import available_bytes
 from kelix_rt.planning import engine_plan
 from kelix_rt.processing import TextTokenizer

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from kelix_rt._host import PagePool
 from kelix_rt.checkpoint import resolve
 from kelix_rt.config import EngineConfig, KelixConfig, read_config
+from kelix_rt.devices import choose_device, choose_dtype
 from kelix_rt.errors import ConfigError
+from kelix_rt.host import PagePool
 from kelix_rt.memory import available_bytes, choose_pages
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.runner import Runner
@@ -20,8 +21,6 @@ from kelix_rt.scheduler import Scheduler
 from kelix_rt.stages.render import RenderStage
 from kelix_rt.weights import OnTensor
 from kelix_rt.workspace import language_workspaces, max_positions, render_workspaces
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -107,36 +106,13 @@ def _load_render(
     return render
 
 
-def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {device!r} is not a device: {error}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {device!r} needs a GPU and a torch built for it; use 'cpu'")
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """None for "auto": what the checkpoint stores."""
-    if dtype == "auto":
-        return None
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
-        raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
-    return chosen
-
-
 def find_drawing(
     directory: Path | None, dit: str | Path | None, vae: str | Path | None
 ) -> tuple[Path, Path] | None:
     """The directories of DiT and autoencoder: those given, else subfolders that exist, else None.
 
     A given directory without a config of its own may be a whole pipeline with such a subfolder.
-    Raises ConfigError where only one of the two is found.
+    Raises ConfigError where a given one holds neither, or only one of the two is found.
     """
     dit_path, vae_path = _part(directory, "dit", dit), _part(directory, "vae", vae)
     if dit_path is not None and vae_path is not None:
@@ -153,4 +129,8 @@ def _part(directory: Path | None, name: str, given: str | Path | None) -> Path |
         return None
     if given is None or not (path / "config.json").is_file():
         path = path / name
-    return path if path.is_dir() else None
+    if path.is_dir():
+        return path
+    if given is not None:
+        raise ConfigError(f"{name}={given}: holds no config.json and no subfolder {name}/")
+    return None

@@ -20,9 +20,10 @@ from kelix_rt.config import (
     SanaConfig,
     TokenDecoderConfig,
 )
+from kelix_rt.devices import choose_device, choose_dtype
 from kelix_rt.engine import Engine
 from kelix_rt.errors import CapacityError, ConfigError
-from kelix_rt.loading import assemble, choose_device, choose_dtype
+from kelix_rt.loading import assemble
 from kelix_rt.measure import Workload
 from kelix_rt.memory import available_bytes, cache_dtype, kv_bytes_per_block
 from kelix_rt.models.dit import KelixDiT

@@ -195,6 +195,12 @@ def test_info_shows_the_installation_and_the_ledger(kelix, model: Path) -> None:
     assert found["checkpoint"]["memory"]["total"] > 0
 
 
+def test_info_knows_the_bundled_checkpoint(kelix) -> None:
+    result = kelix("info", "kelix-tiny", "--plan", "--device", "cpu")
+    assert result.code == 0
+    assert "render: image DiT" in result.out
+
+
 def test_info_plans_an_engine_by_stage(kelix, model: Path, golden: Path) -> None:
     parts = ("--dit", golden / "e2e_dit" / "dit", "--vae", golden / "e2e_dit" / "vae")
     result = kelix("info", model, "--plan", *parts, "--device", "cpu")

@@ -8,35 +8,7 @@ import pytest
 import torch
 
 from kelix_rt.errors import ConfigError, WeightError
-from kelix_rt.loading import choose_device, choose_dtype, find_drawing, load_parts
-
-
-def test_auto_takes_what_there_is() -> None:
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert choose_device("auto").type == expected
-    assert choose_dtype("auto") is None
-
-
-@pytest.mark.parametrize("given", ["bfloat16", torch.bfloat16])
-def test_dtypes_go_by_name_or_value(given: str | torch.dtype) -> None:
-    assert choose_dtype(given) == torch.bfloat16
-
-
-@pytest.mark.parametrize("given", ["int8", torch.int64, "half precision"])
-def test_other_dtypes_are_refused(given: str | torch.dtype) -> None:
-    with pytest.raises(ConfigError, match="dtype must be 'auto' or one of"):
-        choose_dtype(given)
-
-
-def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'abacus' is not a device"):
-        choose_device("abacus")
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="needs a GPU"):
-        choose_device("cuda:1")
+from kelix_rt.loading import find_drawing, load_parts
 
 
 def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
@@ -48,6 +20,8 @@ def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline"
     (pipeline / "vae").mkdir(parents=True)
     assert find_drawing(tmp_path, None, pipeline) == (tmp_path / "dit", pipeline / "vae")
+    with pytest.raises(ConfigError, match=r"dit=.*pipeline: holds no config.json and no sub"):
+        find_drawing(tmp_path, pipeline, pipeline)
     (pipeline / "config.json").touch()
     assert find_drawing(tmp_path, None, pipeline) == (tmp_path / "dit", pipeline)
 

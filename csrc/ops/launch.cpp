@@ -94,7 +94,7 @@ void check_launch(const char* op, const char* error) {
 void throw_built_without_cuda(const char* op) {
   fail(op,
        "got CUDA tensors, but kelix_rt was built without nvcc; rebuild with "
-       "`pip install '.[cuda]' && python setup.py native`");
+       "`pip install -e '.[cuda]' && pip install -e .` in its sources");
 }
 
 }  // namespace kelix

@@ -70,7 +70,7 @@ def encode_file(
     """
     from kelix_rt.checkpoint import resolve
     from kelix_rt.config import KelixConfig, TokenizerConfig, read_config
-    from kelix_rt.loading import choose_device, choose_dtype
+    from kelix_rt.devices import choose_device, choose_dtype
     from kelix_rt.models.vision_tokenizer import VisionTokenizer
     from kelix_rt.processing import ImageProcessor
     from kelix_rt.stages.encode import EncodeStage

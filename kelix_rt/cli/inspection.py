@@ -34,7 +34,7 @@ def info(
     """Show the installation, or what a checkpoint holds and costs, before loading it."""
     from kelix_rt import EngineConfig
     from kelix_rt import info as facts
-    from kelix_rt.loading import choose_device, choose_dtype
+    from kelix_rt.devices import choose_device, choose_dtype
     from kelix_rt.memory import available_bytes
 
     if plan and checkpoint is None:

@@ -52,7 +52,7 @@ def run_parity(
     as_json: options.Json = False,
 ) -> None:
     """Compare the runtime with golden outputs. Exit code 1 on a miss, or if nothing was checked."""
-    from kelix_rt.loading import choose_device, choose_dtype
+    from kelix_rt.devices import choose_device, choose_dtype
 
     if not directory.is_dir():
         raise InputError(f"parity: {str(directory)!r} is not a directory")

@@ -41,8 +41,9 @@ def load_engine(
     """
     from kelix_rt.checkpoint import resolve
     from kelix_rt.config import EngineConfig
+    from kelix_rt.devices import choose_dtype
     from kelix_rt.engine import Engine
-    from kelix_rt.loading import choose_dtype, find_drawing
+    from kelix_rt.loading import find_drawing
     from kelix_rt.memory import plan
 
     directory = resolve(model)

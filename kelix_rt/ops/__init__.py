@@ -5,7 +5,7 @@ Every operator `op` has a plain-torch reference `op_ref` with the same signature
 
 from __future__ import annotations
 
-from kelix_rt.ops import _library as _library  # first: the wrappers below need its schemas
+from kelix_rt.ops._library import build_info  # first: the wrappers below need its schemas
 
 # isort: split
 from kelix_rt.ops._codes_forms import tune_nearest_codes
@@ -65,6 +65,7 @@ __all__ = [
     "block_decode_ref",
     "block_embed",
     "block_embed_ref",
+    "build_info",
     "codebook_norms",
     "depthwise_glu",
     "depthwise_glu_ref",

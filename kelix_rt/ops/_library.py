@@ -20,8 +20,7 @@ def load() -> None:
         return
     if not LIBRARY.exists():
         raise NativeError(
-            f"kelix_rt: {LIBRARY.name} is not built; run `pip install -e .` or "
-            "`python setup.py native` in the source directory"
+            f"kelix_rt: {LIBRARY.name} is not built; run `pip install -e .` in the source directory"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
@@ -30,6 +29,12 @@ def load() -> None:
             f"kelix_rt: {LIBRARY.name} does not load under torch {torch.__version__} "
             f"(needs torch >= 2.10): {error}"
         ) from error
+
+
+def build_info() -> dict[str, str]:
+    """What the library was built with: `isa` it runs here, `cuda` targets ("" without nvcc), ..."""
+    fields: str = torch.ops.kelix.build_info()
+    return dict(part.split("=", 1) for part in fields.split())
 
 
 load()

@@ -10,8 +10,8 @@ import torch
 import typer
 from rich.console import Console
 
+from kelix_rt.devices import choose_device
 from kelix_rt.errors import ConfigError, KelixError
-from kelix_rt.loading import choose_device
 from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.evaluate import Amounts, show
 from kelix_rt.train.jobs import JOBS, run_jobs
