@@ -240,13 +240,13 @@ def _conditions(golden: _Golden) -> Iterator[Check]:
 
 def _samples(golden: _Golden) -> Iterator[Check]:
     lm = golden.lm
-    prompt_ids = golden.get("sample/prompt_ids2d")
+    prompt_ids, image_ids = golden.get("sample/prompt_ids2d"), golden.get("sample/image_ids")
     for index, rule in enumerate(golden.meta.get("sample", [])):
         logits, probs = golden.get(f"sample/{index}/logits"), golden.get(f"sample/{index}/probs")
         if logits is None:
             continue
         if prompt_ids is not None:
-            state = lm.hidden_states(lm.expand(prompt_ids))[-1][-1]
+            state = lm.hidden_states(lm.expand(prompt_ids, image_ids))[-1][-1]
             key = f"sample/{index}/logits"
             yield golden.compare(key, *_slot_logits(golden, key, state))
         if probs is not None:

@@ -51,24 +51,24 @@ def _ending_at_zero(sigmas: np.ndarray) -> Schedule:
 def flow_euler(steps: int, shift: float = 3.0) -> Schedule:
     """The release's schedule: sigma = s u / (1 + (s - 1) u) for u from 1 to 1/steps.
 
-    u is numpy's float64 linspace rounded to float32, the rest is float32. Raises InputError for
+    u is numpy's float64 linspace rounded to float32; s and s - 1 are rounded before they meet it,
+    and the rest is float32. Raises InputError for
     steps < 1 or a shift that is not a positive number.
     """
     _check("flow_euler", steps, shift)
     raw = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    s = np.float32(shift)
-    return _ending_at_zero(s * raw / (np.float32(1) + (s - np.float32(1)) * raw))
+    return _ending_at_zero(shift * raw / (1 + (shift - 1) * raw))
 
 
 def flow_euler_twice_shifted(steps: int, shift: float = 3.0) -> Schedule:
     """The schedule diffusers' flow-matching Euler scheduler makes when it is given no sigmas.
 
-    Its lower end is already shifted and the whole grid is shifted again; float64 until the end.
+    Its ends are already shifted, in float32, and the whole grid is shifted again, in float64.
     """
     _check("flow_euler_twice_shifted", steps, shift)
-    lowest = 1.0 / TRAIN_STEPS
-    lowest = float(np.float32(shift * lowest / (1 + (shift - 1) * lowest)))
-    raw = np.linspace(TRAIN_STEPS, TRAIN_STEPS * lowest, steps) / TRAIN_STEPS
+    ends = torch.tensor([TRAIN_STEPS, 1.0]) / TRAIN_STEPS
+    highest, lowest = (shift * ends / (1 + (shift - 1) * ends)).tolist()
+    raw = np.linspace(TRAIN_STEPS * highest, TRAIN_STEPS * lowest, steps) / TRAIN_STEPS
     return _ending_at_zero((shift * raw / (1 + (shift - 1) * raw)).astype(np.float32))
 
 

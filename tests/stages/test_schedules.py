@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,16 +40,20 @@ def test_golden_bits(golden: Path) -> None:
     assert torch.equal(flow_dpm(6).sigmas, data["dpm.timesteps"])
 
 
-def test_twice_shifted_schedule_equals_diffusers() -> None:
+@pytest.mark.parametrize("shift", [1.0, 1.15, 2.4, 3.0, 7.3])
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_schedules_equal_those_of_diffusers(shift: float, steps: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    for steps in (1, 7, 20, 50):
-        oracle = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        oracle.set_timesteps(steps)
-        got = flow_euler_twice_shifted(steps)
-        assert torch.equal(got.sigmas, oracle.sigmas) and torch.equal(
-            got.timesteps, oracle.timesteps
-        )
+    oracle = FlowMatchEulerDiscreteScheduler(shift=shift)
+    oracle.set_timesteps(steps)
+    got = flow_euler_twice_shifted(steps, shift)
+    assert torch.equal(got.sigmas, oracle.sigmas)
+    assert torch.equal(got.timesteps, oracle.timesteps)
+    oracle.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+    got = flow_euler(steps, shift)
+    assert torch.equal(got.sigmas, oracle.sigmas)
+    assert torch.equal(got.timesteps, oracle.timesteps)
 
 
 @pytest.mark.parametrize("make", [flow_euler, flow_euler_twice_shifted, flow_dpm])
