@@ -117,7 +117,9 @@ class EngineConfig(JsonConfig):
     let the model check it in one step; changes no output. Off with verify_head, which counts what
     was generated. seed: base of the requests' seeds.
     trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
-    image is drawn from. codes_mode: "reference" repeats the release's bfloat16 roundings.
+    image is drawn from. condition_on_special_tokens: draw from the states of vision_start, markers
+    and vision_end too, as the DiT was trained, or else of the codes alone. codes_mode: "reference"
+    repeats the release's bfloat16 roundings.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
     has no effect without a GPU. overlap: launch a block step before the blocks of the one in front
     are read, where they cannot change its plan, so the host works while the GPU does; changes no
@@ -141,6 +143,7 @@ class EngineConfig(JsonConfig):
     seed: int = 0
     trust_remote_code: bool = False
     max_condition_length: int = 720
+    condition_on_special_tokens: bool = True
     codes_mode: Literal["exact", "reference"] = "exact"
     cuda_graphs: bool = True
     overlap: bool = True

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import CapacityError, ConfigError, InputError
-from kelix_rt.intake import reported_rows
+from kelix_rt.intake import integer_array, reported_rows
 from kelix_rt.loaded import LoadedEngine
+from kelix_rt.models.condition import through_header
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers
 from kelix_rt.processing.sources import ImageSource
 from kelix_rt.reply import ReplyText
@@ -83,8 +84,8 @@ class Engine(LoadedEngine):
             encode = self.runner.encode_stage()
             encode.tokenizer.tune(tune_tokens, encode.mode)
 
-    def chat(self, messages: Messages, sampling: SamplingParams | None = None) -> ChatOutput:
-        """Answers OpenAI-style messages, which may hold images.
+    def chat(self, messages: str | Messages, sampling: SamplingParams | None = None) -> ChatOutput:
+        """Answers OpenAI-style messages, which may hold images, or a plain question.
 
         Raises InputError for messages that cannot be used, ConfigError without a tokenizer.
         """
@@ -97,18 +98,21 @@ class Engine(LoadedEngine):
             output.timings,
         )
 
-    def add_chat(self, messages: Messages, sampling: SamplingParams | None = None) -> int:
+    def add_chat(self, messages: str | Messages, sampling: SamplingParams | None = None) -> int:
         """Queues the answer to messages, as `chat` takes them, and returns the request's number.
 
-        On a GPU their pictures are read and resized beside the steps of other requests. Messages
-        that cannot be used fail their request alone: what `chat` raises is in its RequestFailed.
+        On a GPU their pictures are read and resized beside the steps of other requests: a PIL image
+        must stay open and unchanged until then, lists and mappings are copied. Messages that cannot
+        be used fail their request alone: what `chat` raises is in its RequestFailed.
         Raises ConfigError without a tokenizer.
         """
         _ = self.processor  # what it is made of is loaded here
-        return self._add_later(partial(self.chat_prompt, messages), sampling)
+        return self._add_later(partial(self.chat_prompt, _copied(messages)), sampling)
 
-    def chat_prompt(self, messages: Messages) -> Prompt:
+    def chat_prompt(self, messages: str | Messages) -> Prompt:
         """The prompt `chat` runs, for add_request and stream."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         encoded = self.processor.encode(messages)
         if not encoded.images:
             return Prompt(encoded.ids)
@@ -132,10 +136,18 @@ class Engine(LoadedEngine):
         return self._image(request)
 
     def drawing_prompt(self, prompt: str | PromptLike) -> PromptLike:
-        """Prompt ids that make the model draw; ids are returned as they are."""
+        """Prompt ids that make the model draw: those of a description, or given ones.
+
+        Given ids are cut behind their first assistant header, as the release does; `add_request`
+        takes them whole.
+        """
         if isinstance(prompt, str):
             return Prompt(self.processor.encode_image_prompt(prompt))
-        return prompt
+        given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        if not self.has_text:
+            return given
+        ids = integer_array("prompt ids", given.ids)
+        return replace(given, ids=through_header(ids, self.processor.assistant_header))
 
     def encode_image(
         self, image: ImageSource, *, size: tuple[int, int] | None = None
@@ -220,10 +232,10 @@ class Engine(LoadedEngine):
                 sampling,
                 render=render,
             )
-        elif isinstance(prompt, str):
-            number = self.add_chat([{"role": "user", "content": prompt}], sampling)
-        elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            number = self.add_chat(prompt, sampling)
+        elif isinstance(prompt, str) or (
+            isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping)
+        ):
+            number = self.add_chat(prompt, sampling)  # type: ignore[arg-type]
         else:
             number = self.add_request(prompt, sampling)  # type: ignore[arg-type]
         reply = None
@@ -289,6 +301,15 @@ class Engine(LoadedEngine):
         if isinstance(event, RequestFailed):
             raise event.error
         return event.output
+
+
+def _copied(messages: Any) -> Any:
+    """Messages that do not change with the caller's lists and mappings."""
+    if isinstance(messages, Mapping):
+        return {name: _copied(value) for name, value in messages.items()}
+    if isinstance(messages, list | tuple):
+        return [_copied(value) for value in messages]
+    return messages
 
 
 def _raise_of_input(error: Exception) -> None:

@@ -58,13 +58,16 @@ def prompt_rows(
 
 
 def patch_tensors(prompt: Prompt) -> Prompt:
-    """The prompt with arrays of patches and grids as tensors. InputError for anything else."""
+    """The prompt with copies of its patches and grids, as tensors: they are read steps later, when
+    the caller may have filled the buffers anew. InputError for anything but tensors and arrays."""
     given = {}
     for name in ("pixel_values", "image_grid_thw"):
         value: Any = getattr(prompt, name)
         if isinstance(value, np.ndarray):
-            given[name] = torch.from_numpy(value)
-        elif not (value is None or isinstance(value, Tensor)):
+            given[name] = torch.tensor(value)
+        elif isinstance(value, Tensor):
+            given[name] = value.detach().clone()
+        elif value is not None:
             raise InputError(f"{name} must be a tensor or an array, got {type(value).__name__}")
     return replace(prompt, **given) if given else prompt
 
@@ -135,7 +138,7 @@ def end_rules(
             f"prompt: {prompt_length} blocks and max_blocks={sampling.max_blocks} exceed "
             f"max_model_len {max_positions}; max_blocks can be {room} at most"
         )
-    default = 2 * max_condition_length + 10 if draw else DEFAULT_MAX_BLOCKS
+    default = 2 * max_condition_length + 11 if draw else DEFAULT_MAX_BLOCKS
     in_memory = max(capacity - prompt_length + unfed, 1)
     qwen = config.qwen_config
     stop_ids = set(sampling.stop_ids)

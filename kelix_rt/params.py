@@ -75,7 +75,7 @@ class SamplingParams:
     seed: draws depend on (seed, index of the generated block, slot) only; None lets the engine
         derive one from its own seed and a counter of requests.
     max_blocks: exact cap on the number of generated blocks; None takes 256, or for drawing twice
-        the engine's max_condition_length plus 10, and no more than the model has positions for.
+        the engine's max_condition_length plus 11, and no more than the model has positions for.
     stop_ids: first ids that end the request like end-of-sequence does. Neither is looked for in
         the first generated block, as in the release. ignore_eos: never stop at end-of-sequence.
     visual: overrides for the slots 1..N-1, which hold nothing but visual codes: one for all of

@@ -85,7 +85,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished request. blocks: int64 [n, N+1], the generated rows, the ending one included."""
+    """A finished request. blocks: int64 [n, N+1], the generated rows, the ending one included.
+
+    text: set by `Engine.generate` alone; events leave decoding to `Engine.stream` or the caller.
+    """
 
     request_id: int
     blocks: np.ndarray

@@ -12,7 +12,7 @@ from kelix_rt.batch import StepBuffer
 from kelix_rt.block_steps import BlockSteps
 from kelix_rt.denoise_graphs import DenoiseGraphs
 from kelix_rt.device_queue import device_queue
-from kelix_rt.errors import ConfigError
+from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.graphs import CudaRecorder, DecodeGraphs, GraphCounts, Recorder
 from kelix_rt.memory import cache_dtype
 from kelix_rt.models.backbone import PagedKV
@@ -83,6 +83,7 @@ class Runner:
             )
         )
         self.max_condition_length = options.max_condition_length
+        self.condition_on_special_tokens = options.condition_on_special_tokens
 
     @property
     def vision_start(self) -> int:
@@ -163,19 +164,27 @@ class Runner:
         """Blocks int64 [n + 1, N+1] of an image of codes [T, N], vision_end being the last.
 
         layout: n ids with T image placeholders among the text of position markers
-        (`ChatProcessor.image_ids`); None is the codes alone.
+        (`ChatProcessor.image_ids`); None is the codes alone. Raises InputError for codes the model
+        does not have, or not as many as the layout has places.
         """
         config = self.model.config
-        ids = self.encode_stage().ids(codes)
+        stage = self.encode_stage()
+        stage.tokenizer.check_codes(codes)
+        ids = stage.ids(codes)
         first = np.array(ids[:, 0].tolist() if layout is None else list(layout))
         placed = slice(None) if layout is None else first == config.qwen_config.image_token_id
+        if layout is not None and (places := int(np.sum(placed))) != len(codes):
+            raise InputError(f"image: a grid of {places} blocks, but codes of {len(codes)}")
         blocks = np.full((len(first) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
         blocks[:, 0] = [*first, self.vision_end]
         blocks[:-1][placed, :-1] = ids.cpu().numpy()
         return blocks
 
     def condition(self, sequence: Sequence) -> torch.Tensor:
-        """Hidden states [n, D] of a drawing: vision_start, the image's blocks, vision_end."""
+        """Hidden states [n, D] of a drawing: vision_start, the image's blocks, vision_end.
+
+        Of the codes alone without `condition_on_special_tokens`.
+        """
         first = sequence.prompt_length - 1
         rows = find_condition(
             torch.from_numpy(sequence.rows[first : sequence.length]),
@@ -184,6 +193,7 @@ class Runner:
             self.vision_end,
             self.model.config.qwen_config.vocab_size,
             self.max_condition_length,
+            self.condition_on_special_tokens,
         )
         assert sequence.hidden_from is not None
         hidden = self.hidden(sequence)[first - sequence.hidden_from :]

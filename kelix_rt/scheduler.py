@@ -167,8 +167,11 @@ class Scheduler:
             return PicturePlan((self.denoised[0],))
         if not self.rendering:
             return None
-        # Always the oldest ones: a batch that stays together is set up only once.
-        return RenderPlan(tuple(self.rendering)[: self.max_render_batch])
+        # Always the oldest ones: a batch that stays together is set up only once. Of one size: one
+        # that is too large for the memory fails its whole step.
+        size = _picture_size(self.rendering[0])
+        alike = [sequence for sequence in self.rendering if _picture_size(sequence) == size]
+        return RenderPlan(tuple(alike[: self.max_render_batch]))
 
     def _plan_blocks(self) -> BlockPlan | None:
         spans: dict[Sequence, Span] = {}
@@ -199,6 +202,7 @@ class Scheduler:
         return BlockPlan(tuple(spans.values())) if spans else None
 
     def admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
+        """Gives waiting requests pages and spans while both last; the rows left of `budget`."""
         while self.waiting and budget and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
             if sequence.images or not self._admit(sequence):
@@ -264,6 +268,7 @@ class Scheduler:
         return Span(sequence, sequence.computed, count + drafts, wants_block, drafts)
 
     def grow(self, sequence: Sequence, rows: int) -> bool:
+        """Makes room for `rows` rows of an admitted sequence; False where pages lack."""
         return sequence.handle is not None and self.pool.grow(sequence.handle, rows)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -280,3 +285,8 @@ class Scheduler:
 
     def _pages(self, rows: int) -> int:
         return -(-rows // self.pool.page_size)
+
+
+def _picture_size(sequence: Sequence) -> tuple[int | None, int | None]:
+    assert sequence.render is not None
+    return sequence.render.height, sequence.render.width

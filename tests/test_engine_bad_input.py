@@ -190,6 +190,19 @@ def test_patches_may_be_arrays(engine: Engine, path: Path) -> None:
     assert_serves(engine, path)
 
 
+def test_buffers_of_patches_may_be_used_again_at_once(path: Path) -> None:
+    engine = load_engine(path, image_cache_bytes=0)
+    generator = np.random.default_rng(0)
+    first, second = generator.standard_normal((2, 4, 3, 14, 14)).astype(np.float32)
+    grid = np.array([[1, 2, 2]])
+    buffer = first.copy()
+    number = engine.add_request(Prompt([1, IMAGE], None, buffer, grid), GREEDY)  # type: ignore[arg-type]
+    buffer[:] = second
+    (event,) = engine.run_to_end([number])
+    want = Prompt([1, IMAGE], None, torch.from_numpy(first), torch.from_numpy(grid))
+    np.testing.assert_array_equal(event.output.blocks, engine.generate([want], GREEDY)[0].blocks)
+
+
 def test_unknown_options_are_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="max_btach"):
         load_engine(path, max_btach=4)

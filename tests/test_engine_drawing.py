@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kelix_rt import (
     BlockEvent,
@@ -50,7 +52,9 @@ def engine(golden: Path) -> Engine:
     return load_drawing(golden)
 
 
-@pytest.mark.parametrize("case", ["full_special", "trunc_special", "noend_special"])
+@pytest.mark.parametrize(
+    "case", ["full_special", "full_codes", "trunc_special", "noend_special", "noend_codes"]
+)
 @pytest.mark.parametrize("max_step_tokens", [5, 512])
 def test_conditions_equal_the_golden_ones(
     golden: Path, path: Path, monkeypatch: pytest.MonkeyPatch, case: str, max_step_tokens: int
@@ -58,8 +62,9 @@ def test_conditions_equal_the_golden_ones(
     meta, data = metadata(path)["cond"][case], fixtures(path)
     length = meta["max_condition_length"]
     engine = load_drawing(
-        golden, max_condition_length=length, max_step_tokens=max_step_tokens, page_size=4
-    )
+        golden, max_condition_length=length, max_step_tokens=max_step_tokens, page_size=4,
+        condition_on_special_tokens=meta["condition_on_special_tokens"],
+    )  # fmt: skip
     seen = []
     start = engine.runner.render.start
     monkeypatch.setattr(
@@ -68,7 +73,7 @@ def test_conditions_equal_the_golden_ones(
         lambda rows, params: (seen.append(rows), start(rows, params))[1],
     )
     sampling = None
-    if "noend" not in case:  # enough blocks for the whole image, however short the condition is
+    if meta["end"]:  # enough blocks for the whole image, however short the condition is
         sampling = SamplingParams(temperature=0.0, max_blocks=60)
     output = engine.generate_image(data["cond/prompt_ids2d"], sampling=sampling, render=QUICK)
     assert len(seen[0]) == meta["token_embed_lengths"][0]
@@ -76,9 +81,33 @@ def test_conditions_equal_the_golden_ones(
     torch.testing.assert_close(seen[0][:length], expected, atol=3e-5, rtol=0)
     assert output.condition_length == meta["valid"]
     golden_rows = data[f"cond/{case}/gen_ids"][meta["prompt_len"] + 1 :].numpy()
-    np.testing.assert_array_equal(output.blocks, golden_rows[: len(output.blocks)])
     if meta["end"]:
+        golden_rows = golden_rows[: len(output.blocks)]
         assert output.blocks[-1, 0] == VISION_END
+    np.testing.assert_array_equal(output.blocks, golden_rows)
+    assert_idle(engine)
+
+
+def test_what_follows_the_first_assistant_header_is_cut(engine: Engine, path: Path) -> None:
+    prompt = fixtures(path)["cond/prompt_ids2d"].tolist()
+    header = engine.processor.assistant_header
+    cut = engine.generate_image([*prompt, *header], render=QUICK)
+    longer = engine.generate_image([*prompt, *header, 5, 6, *header], render=QUICK)
+    np.testing.assert_array_equal(longer.blocks, cut.blocks)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("change", ["codes", "grid", "dtype"])
+def test_codes_the_model_does_not_have_are_refused(golden: Path, change: str) -> None:
+    engine = load_drawing(golden, position_markers="{row}")
+    codes = engine.encode_image(Image.new("RGB", (84, 56)))
+    wrong = {
+        "codes": replace(codes, codes=codes.codes + 1000),
+        "grid": replace(codes, grid=(1, 2, 2)),
+        "dtype": replace(codes, codes=codes.codes.float()),
+    }[change]
+    with pytest.raises(InputError, match="codes"):
+        engine.add_reconstruction(wrong)
     assert_idle(engine)
 
 

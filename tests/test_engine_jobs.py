@@ -80,6 +80,24 @@ def test_messages_get_the_answer_of_their_prompt(engine: Engine) -> None:
     assert_idle(engine)
 
 
+def test_messages_may_be_used_again_at_once(held: tuple[Engine, Held]) -> None:
+    engine, stopper = held
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    number = engine.add_chat(messages, SAMPLING)
+    messages[0]["content"][0]["text"] = "another question"  # type: ignore[index]
+    messages.append({"role": "assistant", "content": "b"})
+    stopper.go.set()
+    (event,) = engine.run_to_end([number])
+    assert event.output.usage.prompt_blocks == len(engine.chat_prompt("a").ids)
+    assert_idle(engine)
+
+
+def test_a_plain_question_is_a_message(engine: Engine) -> None:
+    asked = engine.chat([{"role": "user", "content": "what?"}], SAMPLING)
+    np.testing.assert_array_equal(engine.chat("what?", SAMPLING).blocks, asked.blocks)
+    assert_idle(engine)
+
+
 def test_a_bad_picture_fails_its_request_alone(engine: Engine) -> None:
     numbers = [engine.add_chat(m, SAMPLING) for m in (asking(), BROKEN, asking())]
     fine, failed, also = engine.run_to_end(numbers)

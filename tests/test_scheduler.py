@@ -110,6 +110,23 @@ def test_a_closed_image_is_fed_once_and_rendered() -> None:
     assert sequence.hidden_count == 4  # the last prompt row and every generated one
 
 
+def test_drawings_of_one_size_share_a_step() -> None:
+    scheduler = make_scheduler()
+    for number, side in enumerate((64, 4096, 64)):
+        sequence = make_sequence(number, max_blocks=3, draw=True)
+        sequence.render = RenderParams(height=side, width=side)
+        scheduler.add(sequence)
+    run_blocks(scheduler, scheduler.schedule())
+    for sequence in list(scheduler.running):
+        scheduler.start_render(sequence)
+    drawn = []
+    while isinstance(plan := scheduler.schedule(), RenderPlan):
+        drawn.append([sequence.request_id for sequence in plan.sequences])
+        for sequence in plan.sequences:
+            scheduler.remove(sequence)
+    assert drawn == [[0, 2], [1]]
+
+
 def test_kinds_of_work_take_turns() -> None:
     scheduler = make_scheduler()
     for number in (1, 2):

@@ -238,7 +238,7 @@ class VisionTokenizer(nn.Module):
                 f"global_ids: split_voc must equal n_q_tokens {self.config.n_q_tokens}, got "
                 f"{self.config.split_voc}: the id ranges of the sub-codebooks overlap"
             )
-        self._check_codes(codes)
+        self._check_shape(codes)
         books = torch.arange(self.config.n_q_tokens, device=codes.device)
         offsets = (books * self.config.codebook_size).div(
             self.config.n_q_tokens, rounding_mode="floor"
@@ -247,13 +247,7 @@ class VisionTokenizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [T, N] -> code vectors [T, N, code_dim]. Raises InputError out of range."""
-        self._check_codes(codes)
-        size = self.config.codes_per_book
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise InputError(
-                f"codes must be local to their sub-codebook, 0 to {size - 1}, got "
-                f"{int(codes.min())} to {int(codes.max())}"
-            )
+        self.check_codes(codes)
         books = torch.arange(self.config.n_q_tokens, device=self.device)
         return self.codebooks[books, codes.to(self.device)]
 
@@ -270,7 +264,17 @@ class VisionTokenizer(nn.Module):
         stacked = torch.stack(parts)
         return stacked.sum(0) if self.config.fusion_type == "sum" else stacked.mean(0)
 
-    def _check_codes(self, codes: Tensor) -> None:
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises InputError unless codes are int64 [T, N], each local to its sub-codebook."""
+        self._check_shape(codes)
+        size = self.config.codes_per_book
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise InputError(
+                f"codes must be local to their sub-codebook, 0 to {size - 1}, got "
+                f"{int(codes.min())} to {int(codes.max())}"
+            )
+
+    def _check_shape(self, codes: Tensor) -> None:
         books = self.config.n_q_tokens
         if codes.ndim != 2 or codes.shape[1] != books or codes.dtype != torch.int64:
             raise InputError(
