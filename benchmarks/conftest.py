@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses the device: a GPU where there is one."""
     torch.set_num_threads(config.getoption("--threads"))
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in the peers' convolutions too
     config.stash[MACHINE] = Machine("cuda" if torch.cuda.is_available() else "cpu")
 
 

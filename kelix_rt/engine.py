@@ -146,7 +146,7 @@ class Engine(LoadedEngine):
         given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         if not self.has_text:
             return given
-        ids = integer_array("prompt ids", given.ids)
+        ids = integer_array("prompt ids", given.ids).tolist()
         return replace(given, ids=through_header(ids, self.processor.assistant_header))
 
     def encode_image(
@@ -235,7 +235,7 @@ class Engine(LoadedEngine):
         elif isinstance(prompt, str) or (
             isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping)
         ):
-            number = self.add_chat(prompt, sampling)  # type: ignore[arg-type]
+            number = self.add_chat(prompt, sampling)
         else:
             number = self.add_request(prompt, sampling)  # type: ignore[arg-type]
         reply = None

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from kelix_rt.request import (
     BlockEvent,
     Event,
@@ -153,6 +155,8 @@ def trace(
         for event in events:
             if isinstance(event, RequestFailed):
                 raise event.error
+            if isinstance(event, ImageProgress) and engine.runner.device.type == "cuda":
+                torch.cuda.synchronize(engine.runner.device)  # the step was only launched
         before, now = now, time.perf_counter() - start
         if events and all(isinstance(event, RequestDone) for event in events):
             continue

@@ -172,9 +172,11 @@ class Runner:
         stage.tokenizer.check_codes(codes)
         ids = stage.ids(codes)
         first = np.array(ids[:, 0].tolist() if layout is None else list(layout))
-        placed = slice(None) if layout is None else first == config.qwen_config.image_token_id
-        if layout is not None and (places := int(np.sum(placed))) != len(codes):
-            raise InputError(f"image: a grid of {places} blocks, but codes of {len(codes)}")
+        placed = np.full(len(first), True)
+        if layout is not None:
+            placed = first == config.qwen_config.image_token_id
+        if placed.sum() != len(codes):
+            raise InputError(f"image: a grid of {placed.sum()} blocks, but codes of {len(codes)}")
         blocks = np.full((len(first) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
         blocks[:, 0] = [*first, self.vision_end]
         blocks[:-1][placed, :-1] = ids.cpu().numpy()

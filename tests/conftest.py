@@ -27,9 +27,10 @@ def golden() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """The models of the tests are too small to gain from a second thread."""
+def _plain_arithmetic() -> None:
+    """The models of the tests are too small to gain from a second thread; float32 is float32."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture

@@ -30,9 +30,10 @@
 
 namespace kelix {
 
-// More than the default takes a word to the driver.
+// More than the default takes a word to the driver. The default is 48 KB together with the memory
+// whose size the kernel fixes, of which no kernel here has 8 KB.
 inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
-  constexpr size_t kDefaultLimit = 48 << 10;
+  constexpr size_t kDefaultLimit = 40 << 10;
   if (dynamic_shared <= kDefaultLimit) return;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(dynamic_shared));

@@ -40,11 +40,23 @@ void launch_lanes(const PagedAttentionArgs& args, cudaStream_t stream) {
   }
 }
 
+// 8.6, 8.9 and 12.x give a CTA 99 KB of shared memory; 8.0, 9.0 and 10.x 163 KB or more.
+bool has_little_shared() {
+  const int capability = compute_capability();
+  return capability == 86 || capability == 89 || capability / 10 == 12;
+}
+
+template <class T, class Cache, int kDim, int kStages>
+void launch_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
+  launch_kernel(paged_attention_decode_kernel<T, Cache, kDim, kStages>, unit_grid(args),
+                kAttentionThreads, kDecodeShared<T, Cache, kDim, kStages>, stream, args);
+}
+
 template <class T, class Cache, int kDim>
 void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.plan.units > 0) {
-    launch_kernel(paged_attention_decode_kernel<T, Cache, kDim>, unit_grid(args), kAttentionThreads,
-                  kDecodeShared<T, Cache, kDim>, stream, args);
+    has_little_shared() ? launch_decode<T, Cache, kDim, kFewDecodeStages>(args, stream)
+                        : launch_decode<T, Cache, kDim, kDecodeStages>(args, stream);
   }
   if (args.plan.unit_is_request) {
     const dim3 grid(static_cast<unsigned>(prefill_tiles(args)),

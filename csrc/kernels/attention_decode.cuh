@@ -5,22 +5,24 @@
 
 namespace kelix::cuda {
 
+// Stages under way, and as many as fit the 99 KB that a CTA has on the smaller chips of a generation.
 inline constexpr int kDecodeStages = 3;
+inline constexpr int kFewDecodeStages = 2;
 
-template <class Cache, int kDim>
-using DecodeStream = KeyStream<Cache, kDim, kDecodeStages, kAttentionThreads>;
+template <class Cache, int kDim, int kStages>
+using DecodeStream = KeyStream<Cache, kDim, kStages, kAttentionThreads>;
 
-template <class T, class Cache, int kDim>
-inline constexpr int kDecodeShared = StageRows<T, DecodeStream<Cache, kDim>>::kShared;
+template <class T, class Cache, int kDim, int kStages>
+inline constexpr int kDecodeShared = StageRows<T, DecodeStream<Cache, kDim, kStages>>::kShared;
 
-template <class T, class Cache, int kDim>
+template <class T, class Cache, int kDim, int kStages>
 __global__ void __launch_bounds__(kAttentionThreads)
     paged_attention_decode_kernel(PagedAttentionArgs args) {
   constexpr int kWarpKeys = kKeyTile / kAttentionWarps;
-  using Stream = DecodeStream<Cache, kDim>;
+  using Stream = DecodeStream<Cache, kDim, kStages>;
   using Rows = StageRows<T, Stream>;
   KELIX_DYNAMIC_SHARED(Cache, shared);
-  KELIX_SHARED(int64_t, offsets, [kDecodeStages][kKeyTile]);
+  KELIX_SHARED(int64_t, offsets, [kStages][kKeyTile]);
 
   const Unit unit = unit_of(args, blockIdx.x);
   if (!unit.present) return;
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int own = warp * kWarpKeys;  // this warp's keys of a stage
   for (int step = 0; step < stream.steps(); ++step) {
     stream.advance(step);
-    const int page = stream.page_of(step + kDecodeStages);
+    const int page = stream.page_of(step + kStages);
     if constexpr (Rows::kWidens) {
       // Its own rows alone: the others of its warp are all that it has to wait for.
       rows.template make<kWarpKeys, kWarpSize>(step, own, threadIdx.x % kWarpSize);
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
     queries.attend(rows.keys(step) + own * Rows::kStride, rows.values(step) + own * Rows::kStride,
                    Rows::kStride, static_cast<int>(range.begin) + step * kKeyTile + own);
-    stream.place(step + kDecodeStages, page);
+    stream.place(step + kStages, page);
   }
   queries.finish();
 

@@ -189,7 +189,7 @@ void euler_step(Tensor latent, const Tensor& velocity, const std::optional<Tenso
       .device(latent, "latent")
       .dtype(latent, "latent", ScalarType::Float)
       .contiguous(latent, "latent")
-      .rule(velocity.sizes() == latent.sizes(), "velocity",
+      .rule(velocity.sizes().equals(latent.sizes()), "velocity",
             "must have the shape of latent " + shape_text(latent), shape_text(velocity))
       .device(velocity, "velocity")
       .storage(velocity, "velocity")
@@ -199,7 +199,7 @@ void euler_step(Tensor latent, const Tensor& velocity, const std::optional<Tenso
             "must both be given or both be None", uncond ? "uncond only" : "guidance only");
   if (uncond) {
     check
-        .rule(uncond->sizes() == latent.sizes(), "uncond",
+        .rule(uncond->sizes().equals(latent.sizes()), "uncond",
               "must have the shape of latent " + shape_text(latent), shape_text(*uncond))
         .device(*uncond, "uncond")
         .storage(*uncond, "uncond")

@@ -1,6 +1,7 @@
 #include "ops/launch.h"
 
 #include <dlfcn.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 
@@ -55,12 +56,12 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, const Ten
     stride *= std::max<int64_t>(1, sizes[i]);
   }
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   // The direct entry point skips the boxed dispatcher.
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               aoti_dtype(dtype), device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), aoti_dtype(dtype), device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -52,7 +52,7 @@ Tensor add_rms_norm(Tensor residual, const Tensor& x, const Tensor& weight, doub
       .storage(x, "x")
       .storage(weight, "weight")
       .contiguous(residual, "residual")
-      .rule(x.sizes() == residual.sizes(), "x",
+      .rule(x.sizes().equals(residual.sizes()), "x",
             "must have the shape of residual " + shape_text(residual), shape_text(x));
   return run_rms_norm("add_rms_norm", x, residual, weight, eps);
 }

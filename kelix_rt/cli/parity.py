@@ -52,11 +52,14 @@ def run_parity(
     as_json: options.Json = False,
 ) -> None:
     """Compare the runtime with golden outputs. Exit code 1 on a miss, or if nothing was checked."""
+    import torch
+
     from kelix_rt.devices import choose_device, choose_dtype
 
     if not directory.is_dir():
         raise InputError(f"parity: {str(directory)!r} is not a directory")
     target, wanted = choose_device(device), choose_dtype(dtype)
+    torch.backends.cudnn.allow_tf32 = False  # the golden outputs are float32 throughout
     reports = []
     with progress() as bar:
         found = list(find_golden(directory))

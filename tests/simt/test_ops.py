@@ -35,6 +35,7 @@ STEMS = [
     Stem("sampling", 4, "not (distribution or every_key or depends_on_nothing or equal_logits)"),
     Stem("block_decoder", 4, "not independent_of_its_batch"),
     Stem("attention", 16),
+    Stem("attention", 6, capability=86),  # decode with two stages
     Stem("attention_float8", 12),
     Stem("codes", 24),
     Stem("codes", 24, "not wide_rows and not embed", capability=80),
