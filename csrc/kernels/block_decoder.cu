@@ -6,6 +6,9 @@
 namespace kelix::cuda {
 namespace {
 
+// Of a map whose warps may take several outputs each and still fill the multiprocessors.
+constexpr int64_t kManyOutputs = 4096;
+
 template <class T>
 struct Launcher {
   const BlockDecoderArgs& args;
@@ -14,15 +17,15 @@ struct Launcher {
   const T* packed(int64_t start) const { return static_cast<const T*>(args.weights) + start; }
   unsigned rows() const { return static_cast<unsigned>(args.batch); }
 
-  template <int kRows, class W>
+  template <int kOutputs, int kRows, class W>
   void linear_tiles(const LinearArgs<W>& linear) const {
-    const dim3 grid(static_cast<unsigned>(ceil_div(linear.out, kLinearWarps)),
-                    static_cast<unsigned>(ceil_div(linear.batch, kRows)));
+    const dim3 grid(static_cast<unsigned>(ceil_div(linear.batch, kRows)),
+                    static_cast<unsigned>(ceil_div(linear.out, kLinearWarps * kOutputs)));
     const int threads = kLinearWarps * kWarpSize;
     if (takes_wide_loads(linear)) {
-      launch_kernel(linear_kernel<W, kRows, true>, grid, threads, 0, stream, linear);
+      launch_kernel(linear_kernel<W, kOutputs, kRows, true>, grid, threads, 0, stream, linear);
     } else {
-      launch_kernel(linear_kernel<W, kRows, false>, grid, threads, 0, stream, linear);
+      launch_kernel(linear_kernel<W, kOutputs, kRows, false>, grid, threads, 0, stream, linear);
     }
   }
 
@@ -33,10 +36,12 @@ struct Launcher {
 
   template <class W>
   void apply(const LinearArgs<W>& linear) const {
-    if (args.batch == 1) {
-      linear_tiles<1>(linear);
+    if (linear.batch == 1) {
+      linear_tiles<1, 1>(linear);
+    } else if (linear.batch <= 4 || linear.out < kManyOutputs) {
+      linear_tiles<1, 4>(linear);
     } else {
-      linear_tiles<4>(linear);
+      linear_tiles<4, 8>(linear);
     }
   }
 

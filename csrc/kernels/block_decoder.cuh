@@ -20,27 +20,37 @@ __global__ void __launch_bounds__(kDecoderThreads)
   }
 }
 
-// A warp per output and tile of kRows rows.
-template <class T, int kRows, bool kWide>
+// A warp per kOutputs outputs and tile of kRows rows. The tiles of the same outputs are neighbours in
+// the grid, so that all but the first find their weights in the L2.
+template <class T, int kOutputs, int kRows, bool kWide>
 __global__ void __launch_bounds__(kLinearWarps* kWarpSize) linear_kernel(LinearArgs<T> args) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t output = static_cast<int64_t>(blockIdx.x) * kLinearWarps + threadIdx.x / kWarpSize;
-  if (output >= args.out) return;  // whole warps
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows;
-  const T* const weights[1] = {args.weight + output * args.in};
+  const int64_t warp = static_cast<int64_t>(blockIdx.y) * kLinearWarps + threadIdx.x / kWarpSize;
+  const int64_t first = warp * kOutputs;
+  if (first >= args.out) return;  // whole warps
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const T* weights[kOutputs];
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+    weights[o] = args.weight + (first + o < args.out ? first + o : args.out - 1) * args.in;
+  }
   const float* rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first_row + r < args.batch ? first_row + r : args.batch - 1;
     rows[r] = args.x + row * args.in;
   }
-  float sums[1][kRows] = {};
-  add_products<T, 1, kRows, kWide>(weights, rows, static_cast<int>(args.in), cache_normally(),
-                                   sums);
+  float sums[kOutputs][kRows] = {};
+  add_products<T, kOutputs, kRows, kWide>(weights, rows, static_cast<int>(args.in),
+                                          cache_normally(), sums);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const float sum = warp_sum(sums[0][r]);
-    if (lane == 0 && first_row + r < args.batch) store_output(args, first_row + r, output, sum);
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float sum = warp_sum(sums[o][r]);
+      const bool present = first + o < args.out && first_row + r < args.batch;
+      if (lane == 0 && present) store_output(args, first_row + r, first + o, sum);
+    }
   }
 }
 

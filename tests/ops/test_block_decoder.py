@@ -180,8 +180,8 @@ def test_row_is_independent_of_its_batch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
-    [MIXED, CASES[4], WIDE, replace(MIXED, int8_head=True, wide=48)],
-    ids=lambda case: f"d{case.d_model}{'int8' * case.int8_head}",
+    [MIXED, CASES[4], WIDE, replace(WIDE, wide=9), replace(MIXED, int8_head=True, wide=48)],
+    ids=lambda case: f"d{case.d_model}D{case.wide}{'int8' * case.int8_head}",
 )
 def test_a_large_batch_and_its_parts_agree(case: Case, dtype: torch.dtype, device: str) -> None:
     """Bit-equal in the CUDA kernels' two forms: a launch per step for a batch of nine, one launch
