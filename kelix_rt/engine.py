@@ -52,7 +52,7 @@ class Engine(LoadedEngine):
     def images(self) -> ImageProcessor:
         """Resizes images and cuts them into patches as the checkpoint says."""
         patch = self.config.tokenizer_config.vision_config.patch_size
-        return ImageProcessor.from_pretrained(self.directory, patch_size=patch)
+        return ImageProcessor.from_pretrained(self._files, patch_size=patch)
 
     @cached_property
     def processor(self) -> ChatProcessor:

@@ -39,9 +39,12 @@ class _Source:
 
 
 class LoadedEngine(EngineCore):
-    """The core of an engine whose parts come from checkpoint directories."""
+    """The core of an engine whose parts come from checkpoint directories.
 
-    directory: Path
+    directory: the language model's; None where the parts were made otherwise.
+    """
+
+    directory: Path | None = None
     _source: _Source
 
     @classmethod
@@ -129,7 +132,7 @@ class LoadedEngine(EngineCore):
     def _load_again(self) -> None:
         source, pages = self._source, self.scheduler.pool.num_pages
         parts = load_parts(
-            self.directory,
+            self._files,
             source.dit,
             source.vae,
             source.device,
@@ -169,14 +172,21 @@ class LoadedEngine(EngineCore):
         options = (options or EngineConfig()).on_device(target.type)
         return engine_plan(model, options, dit=dit, vae=vae, dtype=wanted, free_bytes=free)
 
+    @property
+    def _files(self) -> Path:
+        if self.directory is None:
+            raise ConfigError("Engine: it was made without a checkpoint, whose processor it lacks")
+        return self.directory
+
     @cached_property
     def has_text(self) -> bool:
         """Whether the checkpoint's directory holds a tokenizer."""
-        return any((self.directory / name).is_file() for name in TOKENIZER_FILES)
+        found = self.directory
+        return found is not None and any((found / name).is_file() for name in TOKENIZER_FILES)
 
     @cached_property
     def text(self) -> TextTokenizer:
         """The checkpoint's tokenizer. ConfigError when its directory holds none."""
         return TextTokenizer.from_pretrained(
-            self.directory, self.options.trust_remote_code, self.config.qwen_config.vocab_size
+            self._files, self.options.trust_remote_code, self.config.qwen_config.vocab_size
         )

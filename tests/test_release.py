@@ -68,6 +68,12 @@ def test_drawings_are_made_of_visual_blocks(engine: Engine) -> None:
     assert bool((image.blocks[:, :-1] >= V).all())
 
 
+def test_an_engine_without_a_checkpoint_has_no_text(engine: Engine) -> None:
+    assert not engine.has_text
+    with pytest.raises(ConfigError, match="made without a checkpoint"):
+        engine.chat("hello")
+
+
 def test_released_sizes() -> None:
     """The configs count as many weights as the released tensors do, without making them."""
     from kelix_rt.models.dit import KelixDiT
