@@ -56,7 +56,8 @@ def cuda_root() -> Path | None:
             return Path(candidate)
     if os.environ.get("KELIX_CUDA") == "1":
         raise SystemExit(
-            "KELIX_CUDA=1 but no nvcc: pip install -e '.[cuda]', then build again; or set CUDA_HOME"
+            "KELIX_CUDA=1 but no nvcc: set CUDA_HOME, or `KELIX_CUDA=0 pip install -e '.[cuda]'` "
+            "brings one for the next build"
         )
     return None
 

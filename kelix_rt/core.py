@@ -97,7 +97,7 @@ class EngineCore(Calls):
         _check_type("render", render, RenderParams)
         prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
         if render is not None:
-            self.runner.render_stage().latent_shape(render)
+            render = self.runner.render_stage().sized(render)
             prompt = drawing_prompt(prompt, self.config)
         rows, placed = prompt_rows(prompt, self.config, self.runner.model.expand)
         sampling = sampling or (SamplingParams() if render is None else GREEDY_DRAWING)
@@ -122,7 +122,7 @@ class EngineCore(Calls):
     def add_forced_image(self, prompt: Any, blocks: np.ndarray, render: RenderParams) -> int:
         """Queues the drawing of an image whose blocks [n, N+1] are known, see
         `Runner.image_blocks`; errors as add_request."""
-        self.runner.render_stage().latent_shape(render)
+        render = self.runner.render_stage().sized(render)
         given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         rows, _ = prompt_rows(
             drawing_prompt(given, self.config), self.config, self.runner.model.expand

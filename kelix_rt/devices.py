@@ -9,10 +9,11 @@ from kelix_rt.errors import ConfigError, NativeError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device, *, kernels: bool = True) -> torch.device:
     """ "auto" is the first GPU where there is one, else the CPU.
 
-    Raises ConfigError for a device that is not there, NativeError for a GPU without kernels.
+    kernels: something will run there. Raises ConfigError for a device that is not there,
+    NativeError for a GPU that the library has no kernels for.
     """
     if device == "auto":
         chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,13 +23,17 @@ def choose_device(device: str | torch.device) -> torch.device:
         except RuntimeError as error:
             raise ConfigError(f"device: {device!r} is not a device: {error}") from None
     if chosen.type == "cuda":
-        _require_gpu(device)
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {device!r} needs a GPU and a torch built for it; use 'cpu'")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ConfigError(f"device: {device!r} is not there, torch sees {count} GPUs")
+        if kernels:
+            _require_kernels()
     return chosen
 
 
-def _require_gpu(device: str | torch.device) -> None:
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device: {device!r} needs a GPU and a torch built for it; use 'cpu'")
+def _require_kernels() -> None:
     from kelix_rt.ops import build_info
 
     if not build_info()["cuda"]:

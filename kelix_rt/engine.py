@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import CapacityError, ConfigError, InputError
-from kelix_rt.intake import integer_array, reported_rows
+from kelix_rt.intake import copied, cut_drawing, reported_rows
 from kelix_rt.loaded import LoadedEngine
-from kelix_rt.models.condition import through_header
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers
 from kelix_rt.processing.sources import ImageSource
 from kelix_rt.reply import ReplyText
@@ -107,7 +106,7 @@ class Engine(LoadedEngine):
         Raises ConfigError without a tokenizer.
         """
         _ = self.processor  # what it is made of is loaded here
-        return self._add_later(partial(self.chat_prompt, _copied(messages)), sampling)
+        return self._add_later(partial(self.chat_prompt, copied(messages)), sampling)
 
     def chat_prompt(self, messages: str | Messages) -> Prompt:
         """The prompt `chat` runs, for add_request and stream."""
@@ -138,16 +137,16 @@ class Engine(LoadedEngine):
     def drawing_prompt(self, prompt: str | PromptLike) -> PromptLike:
         """Prompt ids that make the model draw: those of a description, or given ones.
 
-        Given ids are cut behind their first assistant header, as the release does; `add_request`
-        takes them whole.
+        Given ids are cut behind their first assistant header, as the release does, where the
+        checkpoint has a tokenizer; `add_request` takes them whole. Raises InputError where images
+        would be cut off with them.
         """
         if isinstance(prompt, str):
             return Prompt(self.processor.encode_image_prompt(prompt))
         given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         if not self.has_text:
             return given
-        ids = integer_array("prompt ids", given.ids).tolist()
-        return replace(given, ids=through_header(ids, self.processor.assistant_header))
+        return cut_drawing(given, self.processor.image_prompt)
 
     def encode_image(
         self, image: ImageSource, *, size: tuple[int, int] | None = None
@@ -190,7 +189,8 @@ class Engine(LoadedEngine):
         """
         template = self._marker_template
         layout = self.processor.image_ids(image.grid) if template else None
-        before = self.drawing_prompt(prompt if prompt is not None else [self.runner.vision_start])
+        start = self.runner.vision_start
+        before = Prompt([start]) if prompt is None else self.drawing_prompt(prompt)
         blocks = self.runner.image_blocks(image.codes, layout)
         return self.add_forced_image(before, blocks, render or RenderParams())
 
@@ -301,15 +301,6 @@ class Engine(LoadedEngine):
         if isinstance(event, RequestFailed):
             raise event.error
         return event.output
-
-
-def _copied(messages: Any) -> Any:
-    """Messages that do not change with the caller's lists and mappings."""
-    if isinstance(messages, Mapping):
-        return {name: _copied(value) for name, value in messages.items()}
-    if isinstance(messages, list | tuple):
-        return [_copied(value) for value in messages]
-    return messages
 
 
 def _raise_of_input(error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,15 @@ def prompt_rows(
     images = _image_ids(prompt, int(placed.sum()), config)
     rows = expand(torch.from_numpy(ids), None if images is None else torch.from_numpy(images))
     return rows.numpy(), placed
+
+
+def copied(messages: Any) -> Any:
+    """Messages that do not change with the caller's lists and mappings."""
+    if isinstance(messages, Mapping):
+        return {name: copied(value) for name, value in messages.items()}
+    if isinstance(messages, list | tuple):
+        return [copied(value) for value in messages]
+    return messages
 
 
 def patch_tensors(prompt: Prompt) -> Prompt:
@@ -110,6 +119,21 @@ def drawing_prompt(prompt: Prompt, config: KelixConfig) -> Prompt:
             f"drawing: prompt ids must have shape [S] with S > 0, got {list(ids.shape)}"
         )
     return prompt if ids[-1] == start else replace(prompt, ids=np.append(ids, start))
+
+
+def cut_drawing(prompt: Prompt, cut: Callable[[list[int]], list[int]]) -> Prompt:
+    """The prompt with its ids cut by `ChatProcessor.image_prompt`.
+
+    Raises InputError where images would be cut off with them.
+    """
+    ids = integer_array("prompt ids", prompt.ids).tolist()
+    kept = cut(ids)
+    if len(kept) < len(ids) and (prompt.pixel_values is not None or prompt.image_ids is not None):
+        raise InputError(
+            "drawing: a prompt with images must end at its first assistant header, where the "
+            f"release cuts it, got {len(ids)} ids of which {len(kept) - 1} would be kept"
+        )
+    return replace(prompt, ids=kept)
 
 
 def end_rules(

@@ -95,6 +95,8 @@ class LoadedEngine(EngineCore):
             )
         runner = self.runner
         on_gpu = runner.device.type != "cpu"
+        if weights == "disk" or not on_gpu:
+            _ = self._files  # to be read again
         if weights == "host" and not on_gpu:
             raise ConfigError(
                 "sleep: weights='host' frees nothing on a CPU, where they are already; use 'disk'"
@@ -167,7 +169,7 @@ class LoadedEngine(EngineCore):
         `from_pretrained`. free_bytes: None takes what the device has free. The plan tells bytes by
         stage and how many requests run at once. Raises as `kelix_rt.planning.engine_plan`.
         """
-        target, wanted = choose_device(device), choose_dtype(dtype)
+        target, wanted = choose_device(device, kernels=False), choose_dtype(dtype)
         free = available_bytes(target) if free_bytes is None else free_bytes
         options = (options or EngineConfig()).on_device(target.type)
         return engine_plan(model, options, dit=dit, vae=vae, dtype=wanted, free_bytes=free)
@@ -175,7 +177,10 @@ class LoadedEngine(EngineCore):
     @property
     def _files(self) -> Path:
         if self.directory is None:
-            raise ConfigError("Engine: it was made without a checkpoint, whose processor it lacks")
+            raise ConfigError(
+                "Engine: it was made without a checkpoint, whose tokenizer and configs it lacks; "
+                "make one with Engine.from_pretrained"
+            )
         return self.directory
 
     @cached_property

@@ -176,7 +176,10 @@ class Runner:
         if layout is not None:
             placed = first == config.qwen_config.image_token_id
         if placed.sum() != len(codes):
-            raise InputError(f"image: a grid of {placed.sum()} blocks, but codes of {len(codes)}")
+            raise InputError(
+                f"image: a grid of {placed.sum()} blocks, but codes of {len(codes)}; pass the grid "
+                "that encode_image returned with them"
+            )
         blocks = np.full((len(first) + 1, config.num_codes + 1), config.block_end, dtype=np.int64)
         blocks[:, 0] = [*first, self.vision_end]
         blocks[:-1][placed, :-1] = ids.cpu().numpy()

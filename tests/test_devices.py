@@ -44,11 +44,20 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_without_kernels_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ops, "build_info", lambda: {"isa": "avx2", "cuda": ""})
     with pytest.raises(NativeError, match=r"built without nvcc.*device 'cpu'"):
         choose_device(device)
+    assert choose_device(device, kernels=False).type == "cuda"
     monkeypatch.setattr(ops, "build_info", lambda: {"isa": "avx2", "cuda": "90a-real"})
     assert choose_device(device).type == "cuda"
+
+
+def test_a_gpu_past_the_last_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="'cuda:1' is not there, torch sees 1 GPUs"):
+        choose_device("cuda:1")
 
 
 def test_a_host_library_of_another_python_is_refused_by_name() -> None:

@@ -31,7 +31,7 @@
 namespace kelix {
 
 // More than the default takes a word to the driver. The default is 48 KB together with the memory
-// whose size the kernel fixes, of which no kernel here has 8 KB.
+// whose size the kernel fixes, which is below 8 KB in those that are launched with some of it.
 inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
   constexpr size_t kDefaultLimit = 40 << 10;
   if (dynamic_shared <= kDefaultLimit) return;

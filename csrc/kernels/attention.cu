@@ -55,8 +55,13 @@ void launch_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
 template <class T, class Cache, int kDim>
 void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.plan.units > 0) {
-    has_little_shared() ? launch_decode<T, Cache, kDim, kFewDecodeStages>(args, stream)
-                        : launch_decode<T, Cache, kDim, kDecodeStages>(args, stream);
+    constexpr int kShared = kDecodeStaticShared + kDecodeShared<T, Cache, kDim, kDecodeStages>;
+    if constexpr (kShared > kLittleShared) {
+      has_little_shared() ? launch_decode<T, Cache, kDim, kFewDecodeStages>(args, stream)
+                          : launch_decode<T, Cache, kDim, kDecodeStages>(args, stream);
+    } else {
+      launch_decode<T, Cache, kDim, kDecodeStages>(args, stream);
+    }
   }
   if (args.plan.unit_is_request) {
     const dim3 grid(static_cast<unsigned>(prefill_tiles(args)),

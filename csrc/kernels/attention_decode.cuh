@@ -5,9 +5,12 @@
 
 namespace kelix::cuda {
 
-// Stages under way, and as many as fit the 99 KB that a CTA has on the smaller chips of a generation.
+// Stages under way; two where three do not fit the 99 KB of shared memory that a CTA has on the
+// smaller chips of a generation.
 inline constexpr int kDecodeStages = 3;
 inline constexpr int kFewDecodeStages = 2;
+inline constexpr int kLittleShared = 99 << 10;
+inline constexpr int kDecodeStaticShared = 2 << 10;
 
 template <class Cache, int kDim, int kStages>
 using DecodeStream = KeyStream<Cache, kDim, kStages, kAttentionThreads>;

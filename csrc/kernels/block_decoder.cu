@@ -6,8 +6,8 @@
 namespace kelix::cuda {
 namespace {
 
-// Of a map whose warps may take several outputs each and still fill the multiprocessors.
-constexpr int64_t kManyOutputs = 4096;
+// Of a map whose warps may take four outputs each and still fill the multiprocessors.
+constexpr int64_t kManyOutputs = 8192;
 
 template <class T>
 struct Launcher {

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kDecoderThreads)
   }
 }
 
-// A warp per kOutputs outputs and tile of kRows rows. The tiles of the same outputs are neighbours in
-// the grid, so that all but the first find their weights in the L2.
+// A warp per kOutputs outputs and tile of kRows rows. The tiles of the same outputs are neighbours
+// in the grid, so that all but the first find their weights in the L2.
 template <class T, int kOutputs, int kRows, bool kWide>
 __global__ void __launch_bounds__(kLinearWarps* kWarpSize) linear_kernel(LinearArgs<T> args) {
   const int lane = threadIdx.x % kWarpSize;

@@ -41,7 +41,7 @@ def info(
         raise InputError("--plan needs a CHECKPOINT to plan for")
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
-        target, wanted = choose_device(device), choose_dtype(dtype)
+        target, wanted = choose_device(device, kernels=False), choose_dtype(dtype)
         chosen = EngineConfig(kv_dtype=kv_dtype, quantization=quantization).on_device(target.type)
         free = available_bytes(target)
         found["checkpoint"] = facts.checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,25 +26,6 @@ class ConditionRows:
     def length(self) -> int:
         """Number of rows before any truncation."""
         return int(self.positions.shape[0])
-
-
-def through_header(ids: Sequence[int], header: Sequence[int]) -> list[int]:
-    """The ids up to and including the first occurrence of `header`; all of them without one."""
-    prompt, opening = list(ids), list(header)
-    for start in range(len(prompt) - len(opening) + 1):
-        if opening and prompt[start : start + len(opening)] == opening:
-            return prompt[: start + len(opening)]
-    return prompt
-
-
-def condition_prompt(ids: Sequence[int], header: Sequence[int], vision_start: int) -> list[int]:
-    """The prompt an image is generated from.
-
-    Cut right after the first occurrence of `header` (the ids that open an assistant turn; nothing
-    is cut without one); vision_start is appended unless the prompt already ends with it.
-    """
-    prompt = through_header(ids, header)
-    return prompt if prompt and prompt[-1] == vision_start else [*prompt, vision_start]
 
 
 def find_condition(

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kelix_rt.models.backbone import PagedKV, StepContext
-from kelix_rt.models.condition import build_condition, condition_prompt, find_condition
+from kelix_rt.models.condition import build_condition, find_condition
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.ops.sampling import kept_scores
 from kelix_rt.parity import report
 from kelix_rt.parity.report import Check
+from kelix_rt.processing.chat import image_prompt
 
 ABSOLUTE = 3e-5
 BLOCK_OUT_ABSOLUTE = 1e-4
@@ -213,7 +214,7 @@ def _conditions(golden: _Golden) -> Iterator[Check]:
         return
     special = golden.meta["special_ids"]
     start = special["vision_start"]
-    ids2d = condition_prompt(prompt_ids.tolist(), golden.meta["assistant_start_ids"], start)
+    ids2d = image_prompt(prompt_ids.tolist(), golden.meta["assistant_start_ids"], start)
     prompt = lm.expand(torch.tensor(ids2d, device=lm.device), golden.get("cond/image_ids"))
     length = prompt.shape[0]
     for case, facts in golden.meta.get("cond", {}).items():

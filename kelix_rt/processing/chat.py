@@ -132,17 +132,18 @@ class ChatProcessor:
         return self._expand(self.text.encode(prompt), parts)
 
     def encode_image_prompt(self, prompt: str) -> list[int]:
-        """Ids that make the model draw: `prompt` as a user turn, cut right after the first
-        assistant header, then vision_start. Raises InputError for an empty prompt."""
+        """Ids that make the model draw: `prompt` as a user turn, as `image_prompt` cuts it. Raises
+        InputError for an empty prompt."""
+        return self.image_prompt(self.encode([{"role": "user", "content": prompt}]).ids)
+
+    def image_prompt(self, ids: Sequence[int]) -> list[int]:
+        """`image_prompt` with this checkpoint's header and vision_start.
+
+        Raises ConfigError for a model that names no vision_start.
+        """
         if self.vision_start_id is None:
             raise ConfigError("ChatProcessor: vision_start_token_id is null: it cannot draw")
-        ids = self.encode([{"role": "user", "content": prompt}]).ids
-        header = self.assistant_header
-        starts = (i for i in range(len(ids)) if ids[i : i + len(header)] == header)
-        first = next(starts, None)
-        if first is not None:
-            ids = ids[: first + len(header)]
-        return ids if ids[-1] == self.vision_start_id else [*ids, self.vision_start_id]
+        return image_prompt(ids, self.assistant_header, self.vision_start_id)
 
     def image_ids(self, grid: torch.Tensor | Sequence[int]) -> list[int]:
         """The ids between vision_start and vision_end for one image of grid (t, h, w), counted in
@@ -260,3 +261,17 @@ def _resize_options(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     if (height is None) != (width is None):
         raise InputError(f"{where}: resized_height and resized_width must be given together")
     return given if height is None else {"size": (height, width)}
+
+
+def image_prompt(ids: Sequence[int], header: Sequence[int], vision_start: int) -> list[int]:
+    """The prompt an image is generated from (spec: llm.md 6.1, 6.2).
+
+    Cut right after the first occurrence of `header` (the ids that open an assistant turn; nothing
+    is cut without one); vision_start is appended unless the prompt already ends with it.
+    """
+    prompt, opening = list(ids), list(header)
+    for start in range(len(prompt) - len(opening) + 1):
+        if opening and prompt[start : start + len(opening)] == opening:
+            prompt = prompt[: start + len(opening)]
+            break
+    return prompt if prompt and prompt[-1] == vision_start else [*prompt, vision_start]

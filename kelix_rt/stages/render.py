@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,12 @@ class RenderStage:
             raise InputError(f"finish: {state.index} of {state.steps} steps were taken")
         self.denoiser.release(state)
         return to_uint8(decode(self.vae.module, state.latent))[0]
+
+    def sized(self, params: RenderParams) -> RenderParams:
+        """The same with both sides in pixels. Raises what `latent_shape` raises."""
+        rate = self.dit.config.vae_downsample_rate
+        height, width = (side * rate for side in self.latent_shape(params)[2:])
+        return replace(params, height=height, width=width)
 
     def latent_shape(self, params: RenderParams) -> tuple[int, int, int, int]:
         """[1, C, h, w] of a request; sizes not given come from its latent, else the model's.

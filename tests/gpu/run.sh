@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one run of some minutes: build for the card present, the
 # GPU tests, compute-sanitizer on small sizes, the benchmarks. Run by `make gpu`; steps can be named
-# (`bash tests/gpu/run.sh out build tests`), where a machine limits the time of a command.
+# where a machine limits the time of a command (`bash tests/gpu/run.sh out build tests`; another
+# `out` for the next ones).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-out}
@@ -10,8 +11,13 @@ mkdir -p "$out"
 default=python3
 [ -x .venv/bin/python ] && default=.venv/bin/python
 python=${KELIX_PYTHON:-$default}
+PATH=$(dirname "$(command -v "$python")"):$PATH # its cmake and ninja
+all=" build tests parity sanitizer benchmarks "
 steps=" ${*:2} "
-[ $# -gt 1 ] || steps=" build tests parity sanitizer benchmarks "
+[ $# -gt 1 ] || steps=$all
+for step in $steps; do
+  [[ $all == *" $step "* ]] || { echo "make gpu: no step $step, only$all" >&2 && exit 2; }
+done
 failed=0
 
 wanted() { [[ $steps == *" $1 "* ]]; }

@@ -6,29 +6,14 @@ import pytest
 import torch
 
 from kelix_rt.errors import InputError
-from kelix_rt.models.condition import build_condition, condition_prompt, find_condition
+from kelix_rt.models.condition import build_condition, find_condition
 from tests.models import toy_llm as toy
 
-HEADER = [1, 2, 3]
 START, END = toy.VISION_START, toy.VISION_END
 
 
 def find(ids: torch.Tensor, prompt_len: int, max_length: int = 20, special: bool = True):
     return find_condition(ids, prompt_len, START, END, toy.V, max_length, special)
-
-
-@pytest.mark.parametrize(
-    ("ids", "want"),
-    [
-        ([7, 1, 2, 3], [7, 1, 2, 3, START]),
-        ([7, 1, 2, 3, START], [7, 1, 2, 3, START]),
-        ([7, 1, 2, 3, 9, 1, 2, 3], [7, 1, 2, 3, START]),
-        ([7, 1, 2], [7, 1, 2, START]),
-        ([], [START]),
-    ],
-)
-def test_prompt_is_cut_at_the_first_assistant_turn(ids: list[int], want: list[int]) -> None:
-    assert condition_prompt(ids, HEADER, START) == want
 
 
 def test_rows_run_from_start_to_end_and_keep_markers() -> None:

@@ -180,7 +180,13 @@ def test_row_is_independent_of_its_batch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
-    [MIXED, CASES[4], WIDE, replace(WIDE, wide=9), replace(MIXED, int8_head=True, wide=48)],
+    [
+        MIXED,
+        CASES[4],
+        replace(WIDE, text_vocab=16501),
+        replace(WIDE, text_vocab=16501, int8_head=True, wide=48),
+        replace(WIDE, text_vocab=16501, wide=9),
+    ],
     ids=lambda case: f"d{case.d_model}D{case.wide}{'int8' * case.int8_head}",
 )
 def test_a_large_batch_and_its_parts_agree(case: Case, dtype: torch.dtype, device: str) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
+from kelix_rt.processing.chat import image_prompt
 
 TINY = Path(__file__).parents[1] / "golden" / "llm" / "tiny_a"
 TEXT = TextTokenizer.from_pretrained(TINY, vocab_size=640)
@@ -227,3 +228,17 @@ def test_the_models_config_serves_as_ids() -> None:
     config = QwenConfig.from_json(json.loads((TINY / "config.json").read_text())["qwen_config"])
     chat = ChatProcessor(TEXT, ImageProcessor(), config)
     assert chat.encode_image_prompt("Draw")[-1] == START
+
+
+@pytest.mark.parametrize(
+    ("ids", "want"),
+    [
+        ([7, 1, 2, 3], [7, 1, 2, 3, START]),
+        ([7, 1, 2, 3, START], [7, 1, 2, 3, START]),
+        ([7, 1, 2, 3, 9, 1, 2, 3], [7, 1, 2, 3, START]),
+        ([7, 1, 2], [7, 1, 2, START]),
+        ([], [START]),
+    ],
+)
+def test_prompt_is_cut_at_the_first_assistant_turn(ids: list[int], want: list[int]) -> None:
+    assert image_prompt(ids, [1, 2, 3], START) == want

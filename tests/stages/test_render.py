@@ -203,3 +203,16 @@ def test_pixels_round_halves_to_even() -> None:
     unit = (values / 2 + 0.5).clamp(0, 1) * 255
     assert got[0, 0, :, 0].tolist() == unit.round().int().tolist()
     assert got[0, 0, [0, 1, 4, 5], 0].tolist() == [0, 0, 255, 255]
+
+
+def test_sides_are_those_asked_for_those_of_the_latent_or_the_models(stage: RenderStage) -> None:
+    own = stage.dit.config.input_size * stage.vae.rate
+    latent = torch.zeros(1, stage.dit.config.in_channels, 2, 6)
+    for params, sides in (
+        (RenderParams(), (own, own)),
+        (RenderParams(width=2 * own), (own, 2 * own)),
+        (RenderParams(latent=latent), (2 * stage.vae.rate, 6 * stage.vae.rate)),
+    ):
+        sized = stage.sized(params)
+        assert (sized.height, sized.width) == sides
+        assert stage.sized(sized) == sized
