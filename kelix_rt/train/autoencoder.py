@@ -1,8 +1,4 @@
-"""The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back.
-
-Stage 1 on parts of pictures from anywhere, stage 2 on those with things and words: edges of what is
-small and hardly stands off the background are learned last.
-"""
+"""The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back."""
 
 from __future__ import annotations
 
@@ -21,25 +17,20 @@ from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import ALL_SCENES, scene_of, to_images, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
 from kelix_rt.train.sheet import picture_rows
-from kelix_rt.train.states import load_modules
-from kelix_rt.train.whitening import whiten
 from kelix_rt.train.world import draw
-from kelix_rt.train.world_draw import BAND_HEIGHTS, CELL_CENTRES
-from kelix_rt.train.world_scene import Scene, plain, strange
+from kelix_rt.train.world_scene import Scene, strange
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
-STAGES = ("1", "2")
-CLOSE = "2"  # the stage of things and words
-CLOSE_MARGIN = 24  # least distance of their middles from the edge of a part, in pixels
+STAGES = ("1",)
 SQUARE_WEIGHT = 4.0
 LATENT_WEIGHT = 1e-3
 CROP = 128  # side of what is cut out of a picture: four times the pictures for the same work
 BRANCH_START = 0.1  # of the residual branches' norms; at 1, each adds noise as large as its input
-MEASURED = 64  # pictures that the latents' variances are measured on
+MEASURED = 64  # pictures the scale of the latents is measured on
 SHOWN, SHOWN_EVERY = 8, 500  # pictures on a sheet, steps between sheets
-WIDEST, NARROWEST = 128, 8
+WIDEST, NARROWEST = 64, 8
 
 
 def new_autoencoder(sizes: Sizes, device: torch.device | str, seed: int) -> AutoencoderDC:
@@ -90,12 +81,6 @@ def picture_loss(got: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     return {"loss": losses["l1"] + SQUARE_WEIGHT * losses["squared"], **losses}
 
 
-def _middles(scene: Scene) -> list[tuple[float, float]]:
-    """Where things and the word lie, (x, y) as fractions of the side."""
-    words = [] if scene.word is None else [(0.5, BAND_HEIGHTS[scene.band])]
-    return [*(CELL_CENTRES[thing.cell] for thing in scene.things), *words]
-
-
 @dataclass
 class AutoencoderTrainer:
     """Everything the training needs. out: where the checkpoint goes."""
@@ -109,7 +94,7 @@ class AutoencoderTrainer:
         self.vae = new_autoencoder(self.recipe.sizes, self.device, self.recipe.seed)
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
-        """Trains, then evens out the latents.
+        """Trains, then measures the scale of the latents.
 
         options: further arguments of `run_stage`. Raises as `run_stage` does.
         """
@@ -118,8 +103,6 @@ class AutoencoderTrainer:
             result = self._run(name, options)
         if result is None:
             raise ValueError("AutoencoderTrainer.run: no stage was named")
-        self.vae.requires_grad_(False).eval()
-        self.settle_latents()
         return result
 
     def batch(self, name: str, step: int) -> Tensor:
@@ -127,28 +110,16 @@ class AutoencoderTrainer:
         rng = random.Random(f"kelix autoencoder {self.recipe.seed} {name} {step}")
         count, sizes = self.recipe.autoencoder[name].batch, self.recipe.sizes
         scenes = [scene_of(rng.randrange(ALL_SCENES), self.recipe.seed) for _ in range(count)]
-        scenes = [*scenes[count // 4 :], *(strange(s, rng) for s in scenes[: count // 4])]
-        if name == CLOSE:
-            scenes[::2] = map(plain, scenes[::2])
+        pixels = self._drawn(
+            [*scenes[count // 4 :], *(strange(s, rng) for s in scenes[: count // 4])]
+        )
         size = min(CROP, sizes.drawn_side)
         starts = range(0, sizes.drawn_side - size + 1, sizes.latent_rate)
         parts = []
-        for scene, picture in zip(scenes, self._drawn(scenes), strict=True):
-            middles = _middles(scene) if name == CLOSE else []
-            middle = rng.choice(middles) if middles else None
-            y, x = (rng.choice(self._close(starts, size, middle, axis)) for axis in (1, 0))
+        for picture in pixels:
+            y, x = rng.choice(starts), rng.choice(starts)
             parts.append(picture[:, y : y + size, x : x + size])
         return torch.stack(parts)
-
-    def _close(
-        self, starts: range, size: int, middle: tuple[float, float] | None, axis: int
-    ) -> Sequence[int]:
-        """The starts of windows that hold a middle (x, y), or all if none does."""
-        if middle is None:
-            return starts
-        place = middle[axis] * self.recipe.sizes.drawn_side
-        ends = CLOSE_MARGIN, size - CLOSE_MARGIN
-        return [start for start in starts if ends[0] <= place - start <= ends[1]] or starts
 
     def losses(self, pixels: Tensor) -> dict[str, Tensor]:
         """`picture_loss` of pictures and what comes back of them; latents are kept from growing."""
@@ -158,13 +129,17 @@ class AutoencoderTrainer:
         losses["latent"] = latent.float().square().mean()
         return losses | {"loss": losses["loss"] + LATENT_WEIGHT * losses["latent"]}
 
-    def settle_latents(self) -> None:
-        """Whitens the latents of the weights as they were trained, and sets the config's
-        scaling_factor so that scaled latents as a whole have a standard deviation of 1, as the
-        DiT's noise.
+    @torch.no_grad()
+    def set_scale(self) -> None:
+        """Sets the config's scaling_factor so that scaled latents have a standard deviation of 1.
+
+        The DiT's noise has that scale.
         """
-        whiten(self.vae, self._measured())
-        self.vae.register_to_config(scaling_factor=1 / float(self._measured().std()))
+        parts = [
+            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
+            for i in range(min(MEASURED, self.recipe.pictures))
+        ]
+        self.vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
 
     def export(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes the autoencoder as diffusers loads it; the trained one keeps its dtype."""
@@ -172,15 +147,6 @@ class AutoencoderTrainer:
         twin.load_state_dict(self.vae.state_dict())
         twin.register_to_config(scaling_factor=self.vae.config.scaling_factor)
         twin.to(dtype).save_pretrained(str(directory))
-
-    @torch.no_grad()
-    def _measured(self) -> Tensor:
-        """Latents of the first pictures."""
-        parts = [
-            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
-            for i in range(min(MEASURED, self.recipe.pictures))
-        ]
-        return torch.cat(parts)
 
     def _pictures(self, indices: Sequence[int]) -> Tensor:
         return self._drawn([scene_of(i, self.recipe.seed) for i in indices])
@@ -199,12 +165,10 @@ class AutoencoderTrainer:
         picture_rows(rows).save(self.out / f"autoencoder-{name}.png")
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
-        stage, order = self.recipe.autoencoder[name], STAGES.index(name)
-        if order:
-            load_modules(self.out / f"autoencoder-{STAGES[order - 1]}.pt", {"vae": self.vae})
+        stage = self.recipe.autoencoder[name]
         self.vae.requires_grad_(True).train()
         batches = Ahead(lambda step: self.batch(name, step), stage.steps, workers_for(self.device))
-        return run_stage(
+        result = run_stage(
             f"autoencoder-{name}",
             modules={"vae": self.vae},
             parameters=self.vae.parameters(),
@@ -220,3 +184,6 @@ class AutoencoderTrainer:
             on_log=lambda step: self._show(name, step),
             **options,
         )
+        self.vae.requires_grad_(False).eval()
+        self.set_scale()
+        return result

@@ -183,7 +183,7 @@ class DetokenizerTrainer:
             alone = self.pictures.stranger if kind else self.pictures.drawing
             return self.chats.plain(self.chats.image, [alone(index)])
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
-        request = prompt(scene_of(index, self.recipe.seed), rng, in_order=True)
+        request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.answer(index))
 
     def _places(self) -> Tensor:

@@ -155,7 +155,7 @@ class Pipeline:
         trainer = self._autoencoder_trainer
         path = trainer.out / f"autoencoder-{autoencoder_part.STAGES[-1]}.pt"
         load_modules(path, {"vae": trainer.vae})
-        trainer.settle_latents()  # the checkpoint has the weights as they were trained
+        trainer.set_scale()  # it is part of the config, not of the weights
         return trainer.vae.eval().requires_grad_(False)
 
     @cached_property
