@@ -126,7 +126,10 @@ def cut_drawing(prompt: Prompt, cut: Callable[[list[int]], list[int]]) -> Prompt
 
     Raises InputError where images would be cut off with them.
     """
-    ids = integer_array("prompt ids", prompt.ids).tolist()
+    given = integer_array("prompt ids", prompt.ids)
+    if given.ndim != 1 or not given.size:
+        return prompt  # `drawing_prompt` refuses it
+    ids = given.tolist()
     kept = cut(ids)
     if len(kept) < len(ids) and (prompt.pixel_values is not None or prompt.image_ids is not None):
         raise InputError(

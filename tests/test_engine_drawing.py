@@ -33,7 +33,7 @@ from tests.engine_helpers import (
     metadata,
 )
 
-VISION_START, VISION_END = 356, 357
+VISION_START, VISION_END, PLACE = 356, 357, 359
 QUICK = RenderParams(steps=2, seed=3)
 
 
@@ -94,6 +94,21 @@ def test_what_follows_the_first_assistant_header_is_cut(engine: Engine, path: Pa
     cut = engine.generate_image([*prompt, *header], render=QUICK)
     longer = engine.generate_image([*prompt, *header, 5, 6, *header], render=QUICK)
     np.testing.assert_array_equal(longer.blocks, cut.blocks)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("ids", [[], [[1, 2, 3]]])
+def test_prompts_of_another_shape_are_refused(engine: Engine, ids: list) -> None:
+    with pytest.raises(InputError, match=r"prompt ids must have shape \[S\]"):
+        engine.generate_image(ids, render=QUICK)
+    assert_idle(engine)
+
+
+def test_images_behind_the_cut_are_refused(engine: Engine) -> None:
+    header = engine.processor.assistant_header
+    picture = Prompt([*header, 5, PLACE], image_ids=np.full((1, 8), 640))
+    with pytest.raises(InputError, match="must end at its first assistant header"):
+        engine.generate_image(picture, render=QUICK)
     assert_idle(engine)
 
 

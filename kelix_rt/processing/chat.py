@@ -264,7 +264,7 @@ def _resize_options(part: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def image_prompt(ids: Sequence[int], header: Sequence[int], vision_start: int) -> list[int]:
-    """The prompt an image is generated from (spec: llm.md 6.1, 6.2).
+    """The prompt an image is generated from, as the release makes it.
 
     Cut right after the first occurrence of `header` (the ids that open an assistant turn; nothing
     is cut without one); vision_start is appended unless the prompt already ends with it.
