@@ -9,7 +9,7 @@ out=${1:-out}
 mkdir -p "$out"
 # .venv where `make test` has set it up; a machine without network may have all it needs itself.
 default=python3
-[ -x .venv/bin/python ] && default=.venv/bin/python
+[ -x .venv/bin/python ] && default=$PWD/.venv/bin/python
 python=${KELIX_PYTHON:-$default}
 PATH=$(dirname "$(command -v "$python")"):$PATH # its cmake and ninja
 all=" build tests parity sanitizer benchmarks "
