@@ -1,4 +1,4 @@
-"""Shared fixtures: where the golden data lies, and a fixed number of threads."""
+"""Shared fixtures: where the golden data lies, a fixed number of threads, seeded random numbers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def _plain_arithmetic() -> None:
     """The models of the tests are too small to gain from a second thread; float32 is float32."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

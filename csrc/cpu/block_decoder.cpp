@@ -4,6 +4,7 @@
 
 #include "cpu/product.h"
 #include "cpu/row_sampler.h"
+#include "cpu/row_stats.h"
 
 namespace kelix::KELIX_ISA {
 namespace {
@@ -34,26 +35,17 @@ struct Decoder {
 
 template <class T>
 void layer_norm_row(const float* x, const T* weight, const T* bias, float* y, int64_t cols) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < cols; ++c) sum += x[c];
-  const float mean = sum / static_cast<float>(cols);
-  float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-  for (int64_t c = 0; c < cols; ++c) square_sum += (x[c] - mean) * (x[c] - mean);
-  const float scale = 1.0f / std::sqrt(square_sum / static_cast<float>(cols) + kDecoderNormEps);
+  const RowStats stats = row_stats(x, cols, kDecoderNormEps);
 #pragma omp simd
   for (int64_t c = 0; c < cols; ++c) {
-    y[c] = (x[c] - mean) * scale * to_float(weight[c]) + to_float(bias[c]);
+    const float v = x[c] - stats.mean - stats.left_over;
+    y[c] = v * stats.scale * to_float(weight[c]) + to_float(bias[c]);
   }
 }
 
 template <class T>
 void rms_norm_row(float* x, const T* weight, int64_t cols, float eps) {
-  float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-  for (int64_t c = 0; c < cols; ++c) square_sum += x[c] * x[c];
-  const float scale = 1.0f / std::sqrt(square_sum / static_cast<float>(cols) + eps);
+  const float scale = 1.0f / std::sqrt(mean_square(x, cols) + eps);
 #pragma omp simd
   for (int64_t c = 0; c < cols; ++c) x[c] = x[c] * scale * to_float(weight[c]);
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/register_tile.h"
+#include "cpu/row_stats.h"
 #include "cpu/simd.h"
 
 namespace kelix::KELIX_ISA {
@@ -12,26 +13,15 @@ namespace {
 template <class T>
 void modulate_rows(const ModulateArgs& args, int64_t begin, int64_t end) {
   const int64_t cols = args.cols;
-  const float inv_cols = 1.0f / static_cast<float>(cols);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * cols;
     const T* shift = static_cast<const T*>(args.shift) + row / args.tokens * cols;
     const T* scale = static_cast<const T*>(args.scale) + row / args.tokens * cols;
     T* y = static_cast<T*>(args.y) + row * cols;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < cols; ++c) sum += to_float(x[c]);
-    const float mean = sum * inv_cols;
-    float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-    for (int64_t c = 0; c < cols; ++c) {
-      const float v = to_float(x[c]) - mean;
-      square_sum += v * v;
-    }
-    const float inv_deviation = 1.0f / std::sqrt(square_sum * inv_cols + args.eps);
+    const RowStats stats = row_stats(x, cols, args.eps);
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
-      const float normed = (to_float(x[c]) - mean) * inv_deviation;
+      const float normed = (to_float(x[c]) - stats.mean - stats.left_over) * stats.scale;
       y[c] = from_float<T>(normed * (1.0f + to_float(scale[c])) + to_float(shift[c]));
     }
   }
@@ -89,11 +79,7 @@ void scale_rows(const LinearAttentionArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (Part part : kNormedParts) {
       const T* x = part_row<T>(args, row, part);
-      float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-      for (int64_t c = 0; c < cols; ++c) square_sum += to_float(x[c]) * to_float(x[c]);
-      args.scales[row * 2 + part] =
-          1.0f / std::sqrt(square_sum / static_cast<float>(cols) + args.norm_eps);
+      args.scales[row * 2 + part] = 1.0f / std::sqrt(mean_square(x, cols) + args.norm_eps);
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "cpu/row_stats.h"
 #include "cpu/simd.h"
 
 namespace kelix::KELIX_ISA {
@@ -21,13 +22,7 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
       }
       x = residual;
     }
-    float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-    for (int64_t c = 0; c < args.cols; ++c) {
-      const float v = to_float(x[c]);
-      square_sum += v * v;
-    }
-    const float scale = 1.0f / std::sqrt(square_sum / static_cast<float>(args.cols) + args.eps);
+    const float scale = 1.0f / std::sqrt(mean_square(x, args.cols) + args.eps);
 #pragma omp simd
     for (int64_t c = 0; c < args.cols; ++c) {
       y[c] = from_float<T>(round_to<T>(to_float(x[c]) * scale) * to_float(weight[c]));
@@ -42,35 +37,18 @@ const T* weight_row(const T* weights, const LayerNormArgs& args, int64_t row) {
 
 template <class T>
 void layer_norm_rows(const LayerNormArgs& args, int64_t begin, int64_t end) {
-  const float inv_cols = 1.0f / static_cast<float>(args.cols);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * args.cols;
     const T* weight = weight_row(static_cast<const T*>(args.weight), args, row);
     const T* bias = weight_row(static_cast<const T*>(args.bias), args, row);
     T* y = static_cast<T*>(args.y) + row * args.cols;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < args.cols; ++c) sum += to_float(x[c]);
-    const float rough_mean = sum * inv_cols;
-    // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
-    // finds what rounding left in the mean.
-    float left_over = 0;
-    float square_sum = 0;
-#pragma omp simd reduction(+ : left_over, square_sum)
-    for (int64_t c = 0; c < args.cols; ++c) {
-      const float v = to_float(x[c]) - rough_mean;
-      left_over += v;
-      square_sum += v * v;
-    }
-    left_over *= inv_cols;
-    const float variance = square_sum * inv_cols - left_over * left_over;
-    const float scale = 1.0f / std::sqrt(variance + args.eps);
+    const RowStats stats = row_stats(x, args.cols, args.eps);
 #pragma omp simd
     for (int64_t c = 0; c < args.cols; ++c) {
       const float gain = weight != nullptr ? to_float(weight[c]) : 1.0f;
       const float shift = bias != nullptr ? to_float(bias[c]) : 0.0f;
-      const float v = to_float(x[c]) - rough_mean - left_over;
-      y[c] = from_float<T>(v * scale * gain + shift);
+      const float v = to_float(x[c]) - stats.mean - stats.left_over;
+      y[c] = from_float<T>(v * stats.scale * gain + shift);
     }
   }
 }
