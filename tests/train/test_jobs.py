@@ -28,11 +28,20 @@ def test_what_has_all_threads_has_nothing_beside_it() -> None:
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a command notes its part, "+" and threads when it starts and "-" when it ends."""
+    """Where a command notes its part, "+" and threads when it starts and "-" when it ends.
+
+    It ends when the log has the line that `waits` gave its part, and fails after a minute without;
+    the part "wrong" fails at once.
+    """
     script, log = tmp_path / "note", tmp_path / "log"
     script.write_text(
         "#!/bin/sh\n"  # sh -m kelix_rt.train PART --seed 1 --threads N
-        f'echo "+$3$7" >> {log}; sleep ${{3#?}} || exit 1; echo "-$3" >> {log}\n'
+        f"cd {tmp_path}; left=1200; "
+        'echo "+$3$7" >> log; [ $3 != wrong ] || exit 1\n'
+        "while [ -e waits-$3 ] && ! grep -qxFf waits-$3 log; do\n"
+        "  sleep 0.05; left=$((left - 1)); [ $left -gt 0 ] || exit 1\n"
+        "done\n"
+        'echo "-$3" >> log\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr("kelix_rt.train.jobs.sys.executable", str(script))
@@ -40,27 +49,36 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
+def waits(log: Path, **lines: str) -> None:
+    """Which line each part waits for."""
+    for part, line in lines.items():
+        (log.parent / f"waits-{part}").write_text(f"{line}\n")
+
+
 def test_a_job_starts_when_those_it_is_after_have_ended(log: Path) -> None:
-    long, short = Job("a0.8"), Job("b0.1")
-    third = Job("c0.1", after=(short,))
-    last = Job("d0", after=(long, third), alone=True)
+    waits(log, a="-c", b="+a2")
+    long, short = Job("a"), Job("b")
+    third = Job("c", after=(short,))
+    last = Job("d", after=(long, third), alone=True)
     run_jobs((long, short, third, last), ["--seed", "1"], threads=5)
     told = log.read_text().split()
-    assert set(told[:2]) == {"+a0.82", "+b0.12"}
-    assert told[2:] == ["-b0.1", "+c0.12", "-c0.1", "-a0.8", "+d05", "-d0"]
+    assert set(told[:2]) == {"+a2", "+b2"}
+    assert told[2:] == ["-b", "+c2", "-c", "-a", "+d5", "-d"]
 
 
 def test_two_run_at_a_time(log: Path) -> None:
-    run_jobs([Job("a0.2"), Job("b0.2"), Job("c0")], ["--seed", "1"], threads=1)
+    waits(log, a="+b1", b="+a1")
+    run_jobs([Job("a"), Job("b"), Job("c")], ["--seed", "1"], threads=1)
     told = log.read_text().split()
-    assert set(told[:2]) == {"+a0.21", "+b0.21"} and told[2][0] == "-"
+    assert set(told[:2]) == {"+a1", "+b1"} and told[2][0] == "-"
 
 
 def test_a_failure_stops_what_runs_beside_it(log: Path) -> None:
-    long, wrong = Job("a9"), Job("bx")  # sleep takes no x
-    with pytest.raises(KelixError, match="train bx: ended with exit code 1"):
-        run_jobs([long, wrong, Job("c0", after=(wrong,))], ["--seed", "1"], threads=1)
-    assert "-a9" not in log.read_text() and "c0" not in log.read_text()
+    waits(log, a="never")
+    long, wrong = Job("a"), Job("wrong")
+    with pytest.raises(KelixError, match="train wrong: ended with exit code 1"):
+        run_jobs([long, wrong, Job("c", after=(wrong,))], ["--seed", "1"], threads=1)
+    assert "-a" not in log.read_text() and "c" not in log.read_text()
 
 
 def test_jobs_are_commands_of_the_package() -> None:
