@@ -1,4 +1,8 @@
-"""The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back."""
+"""The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back.
+
+Stage 1 on parts of pictures from anywhere. Stage 2, the decoder alone, on parts with things and
+words: edges of what is small are learned last. Latents are those of stage 1.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,17 @@ from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import ALL_SCENES, scene_of, to_images, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
 from kelix_rt.train.sheet import picture_rows
+from kelix_rt.train.states import load_modules
 from kelix_rt.train.world import draw
-from kelix_rt.train.world_scene import Scene, strange
+from kelix_rt.train.world_draw import BAND_HEIGHTS, CELL_CENTRES
+from kelix_rt.train.world_scene import Scene, plain, strange
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
-STAGES = ("1",)
+STAGES = ("1", "2")
+CLOSE = "2"  # the decoder's stage, close to things and words
+CLOSE_MARGIN = 24  # least distance of their middles from the edge of a part, in pixels
 SQUARE_WEIGHT = 4.0
 LATENT_WEIGHT = 1e-3
 CROP = 128  # side of what is cut out of a picture: four times the pictures for the same work
@@ -81,9 +89,15 @@ def picture_loss(got: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     return {"loss": losses["l1"] + SQUARE_WEIGHT * losses["squared"], **losses}
 
 
+def _middles(scene: Scene) -> list[tuple[float, float]]:
+    """Where things and the word lie, (x, y) as fractions of the side."""
+    words = [] if scene.word is None else [(0.5, BAND_HEIGHTS[scene.band])]
+    return [*(CELL_CENTRES[thing.cell] for thing in scene.things), *words]
+
+
 @dataclass
 class AutoencoderTrainer:
-    """Everything the training needs. out: where the checkpoint goes."""
+    """Everything the training needs. out: where the checkpoints go."""
 
     recipe: Recipe
     out: Path
@@ -94,9 +108,11 @@ class AutoencoderTrainer:
         self.vae = new_autoencoder(self.recipe.sizes, self.device, self.recipe.seed)
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
-        """Trains, then measures the scale of the latents.
+        """Trains the stages in order, each from the checkpoint of the one before it, then measures
+        the scale of the latents.
 
-        options: further arguments of `run_stage`. Raises as `run_stage` does.
+        options: further arguments of `run_stage`. Raises as it does, and ConfigError where the
+        checkpoint of an earlier stage is missing or does not fit.
         """
         result = None
         for name in stages:
@@ -110,16 +126,28 @@ class AutoencoderTrainer:
         rng = random.Random(f"kelix autoencoder {self.recipe.seed} {name} {step}")
         count, sizes = self.recipe.autoencoder[name].batch, self.recipe.sizes
         scenes = [scene_of(rng.randrange(ALL_SCENES), self.recipe.seed) for _ in range(count)]
-        pixels = self._drawn(
-            [*scenes[count // 4 :], *(strange(s, rng) for s in scenes[: count // 4])]
-        )
+        scenes = [*scenes[count // 4 :], *(strange(s, rng) for s in scenes[: count // 4])]
+        if name == CLOSE:
+            scenes[::2] = map(plain, scenes[::2])
         size = min(CROP, sizes.drawn_side)
         starts = range(0, sizes.drawn_side - size + 1, sizes.latent_rate)
         parts = []
-        for picture in pixels:
-            y, x = rng.choice(starts), rng.choice(starts)
+        for scene, picture in zip(scenes, self._drawn(scenes), strict=True):
+            middles = _middles(scene) if name == CLOSE else []
+            middle = rng.choice(middles) if middles else None
+            y, x = (rng.choice(self._close(starts, size, middle, axis)) for axis in (1, 0))
             parts.append(picture[:, y : y + size, x : x + size])
         return torch.stack(parts)
+
+    def _close(
+        self, starts: range, size: int, middle: tuple[float, float] | None, axis: int
+    ) -> Sequence[int]:
+        """The starts of windows that hold a middle (x, y), or all if none does."""
+        if middle is None:
+            return starts
+        place = middle[axis] * self.recipe.sizes.drawn_side
+        ends = CLOSE_MARGIN, size - CLOSE_MARGIN
+        return [start for start in starts if ends[0] <= place - start <= ends[1]] or starts
 
     def losses(self, pixels: Tensor) -> dict[str, Tensor]:
         """`picture_loss` of pictures and what comes back of them; latents are kept from growing."""
@@ -165,8 +193,11 @@ class AutoencoderTrainer:
         picture_rows(rows).save(self.out / f"autoencoder-{name}.png")
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
-        stage = self.recipe.autoencoder[name]
+        stage, order = self.recipe.autoencoder[name], STAGES.index(name)
+        if order:
+            load_modules(self.out / f"autoencoder-{STAGES[order - 1]}.pt", {"vae": self.vae})
         self.vae.requires_grad_(True).train()
+        self.vae.encoder.requires_grad_(name != CLOSE)
         batches = Ahead(lambda step: self.batch(name, step), stage.steps, workers_for(self.device))
         result = run_stage(
             f"autoencoder-{name}",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
 from kelix_rt.models.condition import build_condition, find_condition
 from kelix_rt.models.dit import KelixDiT
@@ -32,6 +31,7 @@ from kelix_rt.train.language import STAGES as LANGUAGE_STAGES
 from kelix_rt.train.language import pack
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, scene_of, to_images
+from kelix_rt.train.place_weights import WEIGHTS, place_weights
 from kelix_rt.train.recipe import Recipe
 from kelix_rt.train.sheet import picture_rows
 from kelix_rt.train.states import load_modules
@@ -44,6 +44,7 @@ STAGES = ("1", "2")
 # Stage of the language model that each stage reads: the first one need not wait for the last. What
 # the change of states costs was measured (docs/kelix-tiny.md).
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
+WEIGHED = "2"  # the stage whose loss weighs places by what lies there
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.
 SHARES, ANSWERS = (0.3, 0.5, 0.2), 1
@@ -88,12 +89,18 @@ def noise_levels(batch: int, device: torch.device | str = "cpu") -> tuple[Tensor
 
 
 def flow_loss(
-    dit: KelixDiT, clean: Tensor, condition: Tensor, mask: Tensor, dropout: float
+    dit: KelixDiT,
+    clean: Tensor,
+    condition: Tensor,
+    mask: Tensor,
+    dropout: float,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the velocity (noise - clean) at random noise levels, unweighted.
+    """Mean squared error of the velocity (noise - clean) at random noise levels.
 
     clean: [B, C, h, w] latents. dropout: share of samples that see the stored unconditional rows
-    instead of their connected condition, as many as the condition has.
+    instead of their connected condition, as many as the condition has. weights: float32 [B, h, w]
+    of the places of samples with a condition, None: all alike.
     """
     batch, device = len(clean), clean.device
     sigma, time = noise_levels(batch, device)
@@ -112,7 +119,12 @@ def flow_loss(
     level = sigma.view(-1, 1, 1, 1)
     noisy, wanted = (1 - level) * clean + level * noise, noise - clean
     velocity = dit.forward_cached(noisy[order], dit.prepare_modulation(time[order]), cache)
-    return {"loss": F.mse_loss(velocity.float(), wanted[order].float())}
+    errors = (velocity.float() - wanted[order].float()).square().mean(1)
+    if weights is None:
+        return {"loss": errors.mean()}
+    weights = weights[order]
+    weights[kept:] = 1  # without a condition they would pull towards what weighs much
+    return {"loss": (weights * errors).sum() / weights.sum()}
 
 
 @dataclass(frozen=True)
@@ -176,6 +188,12 @@ class DetokenizerTrainer:
         clean = self.latents[indices].to(self.dit.device, torch.float32)
         return clean, condition[indices].float(), mask[indices]
 
+    def place_weights(self) -> Tensor:
+        """What the places of every picture weigh, float32 [pictures, h, w] on the DiT's device."""
+        scenes = [scene_of(index, self.recipe.seed) for index in range(self.pictures.count)]
+        side = self.latents.shape[-1]
+        return torch.stack([place_weights(scene, side) for scene in scenes]).to(self.dit.device)
+
     def _document(self, number: int) -> Document:
         """What the language model reads of latent `number`."""
         kind, index = divmod(number, self.pictures.count)
@@ -217,10 +235,13 @@ class DetokenizerTrainer:
         elif not (self.out / f"detokenizer-{name}.pt").exists():
             places = self._places().to(dit.device)
             look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
-        dropout = dit.config.class_dropout_prob
+        dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
+        told = WEIGHTS if name == WEIGHED else {}
 
         def loss_fn(step: int) -> dict[str, Tensor]:
-            return flow_loss(dit, *self.targets(read(), self.indices(name, step)), dropout)
+            indices = self.indices(name, step)
+            own = weights()[torch.tensor(indices) % self.pictures.count] if told else None
+            return flow_loss(dit, *self.targets(read(), indices), dropout, own)
 
         return run_stage(
             f"detokenizer-{name}",
@@ -235,7 +256,7 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             dtype=torch.bfloat16,
-            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch),
+            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, places=told),
             on_log=lambda step: self._show(read(), name, step),
             **options,
         )

@@ -156,9 +156,12 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     }
 
 
-# A little over two hours on two CPU cores; docs/kelix-tiny.md has what was measured.
+# Two to three hours on two CPU cores; docs/kelix-tiny.md has what was measured.
 CPU = Recipe(
-    autoencoder={"1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02)},
+    autoencoder={
+        "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),
+        "2": Stage(2500, 5e-4, 100, 8, lr_floor=0.02),
+    },
     tokenizer={
         "warmup": Stage(3500, 2e-3, 100, 24, lr_floor=0.03),
         "1": Stage(300, 1e-3, 30, 6, lr_floor=0.3),
@@ -168,7 +171,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(2200, 8e-4, 50, 16, lr_floor=0.02),
+        "2": Stage(7000, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
@@ -176,7 +179,10 @@ CPU = Recipe(
 GPU = replace(
     CPU,
     pictures=30_000,
-    autoencoder={"1": Stage(5000, 1e-3, 100, 64, lr_floor=0.02)},
+    autoencoder={
+        "1": Stage(5000, 1e-3, 100, 64, lr_floor=0.02),
+        "2": Stage(1500, 5e-4, 100, 64, lr_floor=0.02),
+    },
     tokenizer={
         "warmup": Stage(3500, 2e-3, 100, 96, lr_floor=0.03),
         "1": Stage(300, 1e-3, 30, 32, lr_floor=0.3),

@@ -16,7 +16,9 @@ from kelix_rt.train.autoencoder import AutoencoderTrainer, new_autoencoder, pict
 from kelix_rt.train.recipe import CPU, Recipe, Sizes, Stage
 
 SIZES = Sizes(latent_channels=8, latent_rate=8, drawn_side=64)
-RECIPE: Recipe = replace(CPU, sizes=SIZES, pictures=4, autoencoder={"1": Stage(3, 1e-3, 1, 2)})
+RECIPE: Recipe = replace(
+    CPU, sizes=SIZES, pictures=4, autoencoder={"1": Stage(3, 1e-3, 1, 2), "2": Stage(2, 1e-3, 1, 2)}
+)
 
 
 @pytest.mark.parametrize("rate", [8, 16, 32])
@@ -72,11 +74,46 @@ def test_batches_are_parts_of_pictures_at_whole_latents(tmp_path: Path) -> None:
         assert len(places) == 1
 
 
+def test_parts_of_the_second_stage_show_something(tmp_path: Path) -> None:
+    sizes = replace(SIZES, drawn_side=256, latent_rate=32)
+    stages = {name: Stage(1, 1e-3, 1, 64) for name in ("1", "2")}
+    made = AutoencoderTrainer(replace(RECIPE, sizes=sizes, autoencoder=stages), tmp_path)
+    shares = {}
+    for name in stages:
+        parts = made.batch(name, 0).flatten(2)
+        shares[name] = float(((parts.amax(2) - parts.amin(2)).amax(1) > 0.3).float().mean())
+    assert shares["1"] < 0.9 and shares["2"] == 1
+
+
+def test_windows_hold_a_middle_where_one_can(tmp_path: Path) -> None:
+    sizes = replace(SIZES, drawn_side=256, latent_rate=32)
+    made = AutoencoderTrainer(replace(RECIPE, sizes=sizes), tmp_path)
+    starts = range(0, 129, 32)
+    assert list(made._close(starts, 128, (0.26, 0.5), axis=0)) == [0, 32]
+    assert list(made._close(starts, 128, (0.26, 0.5), axis=1)) == [32, 64, 96]
+    assert made._close(starts, 128, (0.02, 0.5), axis=0) == starts
+    assert made._close(starts, 128, None, axis=0) == starts
+
+
+def test_the_second_stage_teaches_the_decoder_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"autoencoder-1\.pt does not exist"):
+        AutoencoderTrainer(RECIPE, tmp_path).run(["2"])
+    first, second = (AutoencoderTrainer(RECIPE, tmp_path) for _ in range(2))
+    first.run(["1"])
+    second.run(["2"])
+    before = first.vae.state_dict()
+    for name, value in second.vae.state_dict().items():
+        kept = torch.equal(value, before[name])
+        assert kept or name.startswith("decoder."), name
+        assert not kept or name != "decoder.conv_out.weight"
+    assert second.vae.config.scaling_factor == pytest.approx(first.vae.config.scaling_factor)
+
+
 def test_run_resume_scale_and_export(tmp_path: Path) -> None:
     made = AutoencoderTrainer(RECIPE, tmp_path / "whole")
     made.run()
     again = AutoencoderTrainer(RECIPE, tmp_path / "whole")
-    assert again.run().resumed_from == 3
+    assert again.run().resumed_from == 2
     assert again.vae.config.scaling_factor == pytest.approx(made.vae.config.scaling_factor)
     with torch.no_grad():
         latent = made.vae.encode(torch.cat([made._pictures([i]) for i in range(4)])).latent
