@@ -1,7 +1,7 @@
 """The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back.
 
-Stage 1 on parts of pictures from anywhere, stage 2 on those with things and words: edges of what is
-small and hardly stands off the background are learned last.
+Stage 1 on parts of pictures from anywhere. Stage 2, the decoder alone, on parts with things and
+words: edges of what is small are learned last. Latents are those of stage 1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from kelix_rt.errors import ConfigError
 from kelix_rt.train.ahead import Ahead, workers_for
 from kelix_rt.train.loop import StageResult, run_stage
-from kelix_rt.train.pictures import ALL_SCENES, cached, scene_of, to_images, to_pixels
+from kelix_rt.train.pictures import ALL_SCENES, scene_of, to_images, to_pixels
 from kelix_rt.train.recipe import Recipe, Sizes
 from kelix_rt.train.sheet import picture_rows
 from kelix_rt.train.states import load_modules
-from kelix_rt.train.whitening import whiten
 from kelix_rt.train.world import draw
 from kelix_rt.train.world_draw import BAND_HEIGHTS, CELL_CENTRES
 from kelix_rt.train.world_scene import Scene, plain, strange
@@ -31,15 +30,15 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
 STAGES = ("1", "2")
-CLOSE = "2"  # the stage of things and words
+CLOSE = "2"  # the decoder's stage, close to things and words
 CLOSE_MARGIN = 24  # least distance of their middles from the edge of a part, in pixels
 SQUARE_WEIGHT = 4.0
 LATENT_WEIGHT = 1e-3
 CROP = 128  # side of what is cut out of a picture: four times the pictures for the same work
 BRANCH_START = 0.1  # of the residual branches' norms; at 1, each adds noise as large as its input
-MEASURED = 64  # pictures that the latents' variances are measured on
+MEASURED = 64  # pictures the scale of the latents is measured on
 SHOWN, SHOWN_EVERY = 8, 500  # pictures on a sheet, steps between sheets
-WIDEST, NARROWEST = 128, 8
+WIDEST, NARROWEST = 64, 8
 
 
 def new_autoencoder(sizes: Sizes, device: torch.device | str, seed: int) -> AutoencoderDC:
@@ -109,7 +108,8 @@ class AutoencoderTrainer:
         self.vae = new_autoencoder(self.recipe.sizes, self.device, self.recipe.seed)
 
     def run(self, stages: Sequence[str] = STAGES, **options: Any) -> StageResult:
-        """Trains the stages in order, each from the checkpoint of the one before it.
+        """Trains the stages in order, each from the checkpoint of the one before it, then measures
+        the scale of the latents.
 
         options: further arguments of `run_stage`. Raises as it does, and ConfigError where the
         checkpoint of an earlier stage is missing or does not fit.
@@ -119,7 +119,6 @@ class AutoencoderTrainer:
             result = self._run(name, options)
         if result is None:
             raise ValueError("AutoencoderTrainer.run: no stage was named")
-        self.vae.requires_grad_(False).eval()
         return result
 
     def batch(self, name: str, step: int) -> Tensor:
@@ -158,24 +157,17 @@ class AutoencoderTrainer:
         losses["latent"] = latent.float().square().mean()
         return losses | {"loss": losses["loss"] + LATENT_WEIGHT * losses["latent"]}
 
-    def settle_latents(self) -> None:
-        """Loads the last stage and whitens its latents; sets the config's scaling_factor so that
-        scaled latents as a whole have a standard deviation of 1, as the DiT's noise.
+    @torch.no_grad()
+    def set_scale(self) -> None:
+        """Sets the config's scaling_factor so that scaled latents have a standard deviation of 1.
 
-        Made once, then read: all that learns from the latents must have the same to the bit, which
-        linear algebra on another number of threads is not. Raises ConfigError where the checkpoint
-        is missing.
+        The DiT's noise has that scale.
         """
-        load_modules(self.out / f"autoencoder-{STAGES[-1]}.pt", {"vae": self.vae})
-        self.vae.requires_grad_(False).eval()
-
-        def make() -> dict[str, Tensor]:
-            whiten(self.vae, self._measured())
-            return {**self.vae.state_dict(), "scale": 1 / self._measured().std().reshape(1)}
-
-        settled = cached(self.out / "settled.safetensors", {}, self.vae, make)
-        self.vae.register_to_config(scaling_factor=float(settled.pop("scale")))
-        self.vae.load_state_dict(settled)
+        parts = [
+            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
+            for i in range(min(MEASURED, self.recipe.pictures))
+        ]
+        self.vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
 
     def export(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes the autoencoder as diffusers loads it; the trained one keeps its dtype."""
@@ -183,15 +175,6 @@ class AutoencoderTrainer:
         twin.load_state_dict(self.vae.state_dict())
         twin.register_to_config(scaling_factor=self.vae.config.scaling_factor)
         twin.to(dtype).save_pretrained(str(directory))
-
-    @torch.no_grad()
-    def _measured(self) -> Tensor:
-        """Latents of the first pictures."""
-        parts = [
-            self.vae.encode(self._pictures([i]).to(self.device)).latent.float()
-            for i in range(min(MEASURED, self.recipe.pictures))
-        ]
-        return torch.cat(parts)
 
     def _pictures(self, indices: Sequence[int]) -> Tensor:
         return self._drawn([scene_of(i, self.recipe.seed) for i in indices])
@@ -214,8 +197,9 @@ class AutoencoderTrainer:
         if order:
             load_modules(self.out / f"autoencoder-{STAGES[order - 1]}.pt", {"vae": self.vae})
         self.vae.requires_grad_(True).train()
+        self.vae.encoder.requires_grad_(name != CLOSE)
         batches = Ahead(lambda step: self.batch(name, step), stage.steps, workers_for(self.device))
-        return run_stage(
+        result = run_stage(
             f"autoencoder-{name}",
             modules={"vae": self.vae},
             parameters=self.vae.parameters(),
@@ -231,3 +215,6 @@ class AutoencoderTrainer:
             on_log=lambda step: self._show(name, step),
             **options,
         )
+        self.vae.requires_grad_(False).eval()
+        self.set_scale()
+        return result

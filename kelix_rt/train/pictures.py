@@ -163,7 +163,7 @@ def encode_pictures(
                 found[f"other.{other}"] = _codes(tokenizer, images, own, other)
         return found
 
-    stored = cached(cache, facts, tokenizer, make)
+    stored = _cached(cache, facts, tokenizer, make)
     other = {s: stored[f"other.{s}"] for s in other_sides if f"other.{s}" in stored}
 
     def to_ids(codes: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: 
             parts.append((latent.float() * vae.config.scaling_factor).bfloat16().cpu())
         return {"latents": torch.cat(parts)}
 
-    return cached(cache, {"side": side, "count": count, "seed": seed}, vae, make)["latents"]
+    return _cached(cache, {"side": side, "count": count, "seed": seed}, vae, make)["latents"]
 
 
 def to_pixels(pictures: list[object]) -> Tensor:
@@ -219,17 +219,12 @@ def _batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
     return (scenes[start : start + _BATCH] for start in range(0, len(scenes), _BATCH))
 
 
-def cached(
+def _cached(
     cache: Path,
     facts: Mapping[str, object],
     model: nn.Module,
     make: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """What `make` makes of a model, read from `cache` when that holds exactly it.
-
-    facts: what it depends on besides the world and the model's weights, which the cache names.
-    Raises TrainingError when it cannot be written.
-    """
     label = str({"world": WORLD_VERSION, "weights": fingerprint(model), **facts})
     if cache.exists():
         with safe_open(str(cache), framework="pt") as file:

@@ -153,8 +153,10 @@ class Pipeline:
     def vae(self) -> AutoencoderDC:
         """The trained autoencoder."""
         trainer = self._autoencoder_trainer
-        trainer.settle_latents()
-        return trainer.vae
+        path = trainer.out / f"autoencoder-{autoencoder_part.STAGES[-1]}.pt"
+        load_modules(path, {"vae": trainer.vae})
+        trainer.set_scale()  # it is part of the config, not of the weights
+        return trainer.vae.eval().requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> VisionTokenizer:

@@ -18,6 +18,8 @@ from kelix_rt.train.detokenizer import (
 )
 from kelix_rt.train.detokenizer_start import new_dit
 from kelix_rt.train.language import pack
+from kelix_rt.train.pictures import scene_of
+from kelix_rt.train.place_weights import place_weights
 from kelix_rt.train.recipe import Sizes, Stage
 from kelix_rt.train.states import load_modules
 from tests.train import tiny
@@ -122,7 +124,9 @@ def test_places_weigh_as_told_where_there_is_a_condition(dropout: float) -> None
     assert loss(weights) == pytest.approx(float(wanted))
 
 
-def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
+def test_stages_run_and_leave_the_language_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = Stage(2, 1e-3, 1, 2)
     recipe = tiny.replaced(detokenizer={"1": stage, "2": stage})
     model, latents = tiny.model(), torch.randn(9, 4, 2, 2).bfloat16()
@@ -135,8 +139,19 @@ def test_stages_run_and_leave_the_language_model_alone(tmp_path: Path) -> None:
         dit, model, tiny.chats(), tiny.pictures(tmp_path), latents, vae, recipe,
         tmp_path / "language", tmp_path / "dit",
     )  # fmt: skip
+    weighed = []
+
+    def loss(*arguments: Any) -> dict[str, torch.Tensor]:
+        weighed.append(arguments[-1])
+        return flow_loss(*arguments)
+
+    monkeypatch.setattr("kelix_rt.train.detokenizer.flow_loss", loss)
     first = trainer.run(["1"], **options)
     second = trainer.run(["2"], **options)
+    assert weighed[:2] == [None, None] and len(weighed) == 4
+    for step, weights in enumerate(weighed[2:]):
+        scenes = [scene_of(i % 3, recipe.seed) for i in trainer.indices("2", step)]
+        assert torch.equal(weights, torch.stack([place_weights(scene, 2) for scene in scenes]))
     assert first.checkpoint.name == "detokenizer-1.pt" and second.steps == 2
     last = tiny.model(seed=1)
     load_modules(tmp_path / "language" / "language-4.pt", {"model": last})
