@@ -236,11 +236,11 @@ class DetokenizerTrainer:
             places = self._places().to(dit.device)
             look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
         dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
-        told = WEIGHTS if name == WEIGHED else {}
+        weighed = {"weights": WEIGHTS} if name == WEIGHED else {}
 
         def loss_fn(step: int) -> dict[str, Tensor]:
             indices = self.indices(name, step)
-            own = weights()[torch.tensor(indices) % self.pictures.count] if told else None
+            own = weights()[torch.tensor(indices) % self.pictures.count] if weighed else None
             return flow_loss(dit, *self.targets(read(), indices), dropout, own)
 
         return run_stage(
@@ -256,7 +256,7 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             dtype=torch.bfloat16,
-            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, places=told),
+            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, **weighed),
             on_log=lambda step: self._show(read(), name, step),
             **options,
         )

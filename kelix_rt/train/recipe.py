@@ -1,7 +1,8 @@
 """All sizes, steps and rates of kelix-tiny in one place, and how they change with the budget.
 
 The stages are those of the Kelix report, with a warm-up in front of two parts: the report starts
-from a pretrained vision transformer and a pretrained Qwen3, and neither exists at this size.
+from a pretrained vision transformer and a pretrained Qwen3, and neither exists at this size. The
+autoencoder's decoder has a stage of its own, and the DiT's second stage weighs places.
 """
 
 from __future__ import annotations

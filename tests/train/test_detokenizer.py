@@ -105,7 +105,7 @@ def test_dropout_replaces_the_condition(dropout: float) -> None:
     assert (losses[0] == losses[1]) == (dropout == 1.0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
 def test_places_weigh_as_told_where_there_is_a_condition(dropout: float) -> None:
     dit = new_dit(CONFIG, "cpu", seed=0)  # its velocity is zero, so errors are those of the target
     latent, condition, mask = batch()
@@ -119,9 +119,12 @@ def test_places_weigh_as_told_where_there_is_a_condition(dropout: float) -> None
     torch.manual_seed(2)
     noise_levels(len(latent))
     errors = (torch.randn(latent.shape) - latent).square().mean(1)
+    dropped = torch.rand(len(latent)) < dropout
+    mixed = dropped.int().diff().min() < 0  # a dropped sample stands before one that is kept
+    assert mixed == (dropout == 0.5)
     assert loss(None) == pytest.approx(float(errors.mean()))
-    wanted = errors.mean() if dropout else (weights * errors).sum() / weights.sum()
-    assert loss(weights) == pytest.approx(float(wanted))
+    own = torch.where(dropped[:, None, None], 1.0, weights)
+    assert loss(weights) == pytest.approx(float((own * errors).sum() / own.sum()))
 
 
 def test_stages_run_and_leave_the_language_model_alone(

@@ -31,17 +31,17 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a command notes its part, "+" and threads when it starts and "-" when it ends.
 
     It ends when the log has the line that `waits` gave its part, and fails after a minute without;
-    the part "wrong" fails at once.
+    the part "wrong" fails then, too. "!" is noted when it is stopped.
     """
     script, log = tmp_path / "note", tmp_path / "log"
     script.write_text(
         "#!/bin/sh\n"  # sh -m kelix_rt.train PART --seed 1 --threads N
         f"cd {tmp_path}; left=1200; "
-        'echo "+$3$7" >> log; [ $3 != wrong ] || exit 1\n'
+        'trap "echo !$3 >> log; exit 1" TERM; echo "+$3$7" >> log\n'
         "while [ -e waits-$3 ] && ! grep -qxFf waits-$3 log; do\n"
         "  sleep 0.05; left=$((left - 1)); [ $left -gt 0 ] || exit 1\n"
         "done\n"
-        'echo "-$3" >> log\n'
+        '[ $3 != wrong ] || exit 1; echo "-$3" >> log\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr("kelix_rt.train.jobs.sys.executable", str(script))
@@ -74,11 +74,11 @@ def test_two_run_at_a_time(log: Path) -> None:
 
 
 def test_a_failure_stops_what_runs_beside_it(log: Path) -> None:
-    waits(log, a="never")
+    waits(log, a="never", wrong="+a1")
     long, wrong = Job("a"), Job("wrong")
     with pytest.raises(KelixError, match="train wrong: ended with exit code 1"):
         run_jobs([long, wrong, Job("c", after=(wrong,))], ["--seed", "1"], threads=1)
-    assert "-a" not in log.read_text() and "c" not in log.read_text()
+    assert set(log.read_text().split()) == {"+a1", "+wrong1", "!a"}
 
 
 def test_jobs_are_commands_of_the_package() -> None:
