@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/row_stats.h"
 #include "cpu/simd.h"
 
 namespace kelix::KELIX_ISA {
@@ -32,10 +33,7 @@ void norm_rope(const T* x, const T* weight, const float* cos_sin, int64_t head_d
   const int64_t half = head_dim / 2;
   float normed[kMaxHeadDim];
   if (weight != nullptr) {
-    float square_sum = 0;
-#pragma omp simd reduction(+ : square_sum)
-    for (int64_t i = 0; i < head_dim; ++i) square_sum += to_float(x[i]) * to_float(x[i]);
-    const float scale = 1.0f / std::sqrt(square_sum / static_cast<float>(head_dim) + eps);
+    const float scale = 1.0f / std::sqrt(mean_square(x, head_dim) + eps);
 #pragma omp simd
     for (int64_t i = 0; i < head_dim; ++i) {
       normed[i] = round_to<T>(round_to<T>(to_float(x[i]) * scale) * to_float(weight[i]));

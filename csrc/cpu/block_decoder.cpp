@@ -38,8 +38,7 @@ void layer_norm_row(const float* x, const T* weight, const T* bias, float* y, in
   const RowStats stats = row_stats(x, cols, kDecoderNormEps);
 #pragma omp simd
   for (int64_t c = 0; c < cols; ++c) {
-    const float v = x[c] - stats.mean - stats.left_over;
-    y[c] = v * stats.scale * to_float(weight[c]) + to_float(bias[c]);
+    y[c] = stats.normed(x[c]) * to_float(weight[c]) + to_float(bias[c]);
   }
 }
 

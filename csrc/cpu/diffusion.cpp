@@ -21,7 +21,7 @@ void modulate_rows(const ModulateArgs& args, int64_t begin, int64_t end) {
     const RowStats stats = row_stats(x, cols, args.eps);
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
-      const float normed = (to_float(x[c]) - stats.mean - stats.left_over) * stats.scale;
+      const float normed = stats.normed(to_float(x[c]));
       y[c] = from_float<T>(normed * (1.0f + to_float(scale[c])) + to_float(shift[c]));
     }
   }

@@ -47,8 +47,7 @@ void layer_norm_rows(const LayerNormArgs& args, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < args.cols; ++c) {
       const float gain = weight != nullptr ? to_float(weight[c]) : 1.0f;
       const float shift = bias != nullptr ? to_float(bias[c]) : 0.0f;
-      const float v = to_float(x[c]) - stats.mean - stats.left_over;
-      y[c] = from_float<T>(v * stats.scale * gain + shift);
+      y[c] = from_float<T>(stats.normed(to_float(x[c])) * gain + shift);
     }
   }
 }

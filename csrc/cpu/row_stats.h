@@ -1,5 +1,5 @@
 // Means and deviations of a row for the norms. Sums are taken in blocks: rounding then grows with
-// the block, not with the row, whatever the width of a vector.
+// the block and the number of blocks, not with the row, whatever the width of a vector.
 #pragma once
 
 #include <algorithm>
@@ -27,12 +27,12 @@ float mean_square(const T* x, int64_t cols) {
   return total / static_cast<float>(cols);
 }
 
-// A value's place in its row is (x - mean - left_over) * scale: `left_over` is what rounding left
-// in the mean, scale is 1 / sqrt(variance + eps).
 struct RowStats {
   float mean;
-  float left_over;
-  float scale;
+  float left_over;  // what rounding left in the mean
+  float scale;      // 1 / sqrt(variance + eps)
+
+  float normed(float v) const { return (v - mean - left_over) * scale; }
 };
 
 // Two passes: the one-pass variance loses all its digits on rows far from zero.

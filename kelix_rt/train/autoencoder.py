@@ -1,7 +1,8 @@
 """The latent autoencoder: diffusers' AutoencoderDC at small size, trained to give pictures back.
 
-Stage 1 on parts of pictures from anywhere. Stage 2, the decoder alone, on parts with things and
-words: edges of what is small are learned last. Latents are those of stage 1.
+Stage 1 on parts from anywhere in pictures. Stage 2, the decoder alone, on parts with things and
+words, of plain pictures as well: edges of what is small are learned last. Latents are those of
+stage 1.
 """
 
 from __future__ import annotations
@@ -89,6 +90,15 @@ def picture_loss(got: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     return {"loss": losses["l1"] + SQUARE_WEIGHT * losses["squared"], **losses}
 
 
+def close(starts: Sequence[int], size: int, place: float) -> Sequence[int]:
+    """The starts of windows that hold a place, `CLOSE_MARGIN` from their ends, or all if none does.
+
+    All in pixels; size: of a window.
+    """
+    ends = CLOSE_MARGIN, size - CLOSE_MARGIN
+    return [start for start in starts if ends[0] <= place - start <= ends[1]] or starts
+
+
 def _middles(scene: Scene) -> list[tuple[float, float]]:
     """Where things and the word lie, (x, y) as fractions of the side."""
     words = [] if scene.word is None else [(0.5, BAND_HEIGHTS[scene.band])]
@@ -133,21 +143,14 @@ class AutoencoderTrainer:
         starts = range(0, sizes.drawn_side - size + 1, sizes.latent_rate)
         parts = []
         for scene, picture in zip(scenes, self._drawn(scenes), strict=True):
-            middles = _middles(scene) if name == CLOSE else []
-            middle = rng.choice(middles) if middles else None
-            y, x = (rng.choice(self._close(starts, size, middle, axis)) for axis in (1, 0))
+            rows: Sequence[int] = starts
+            columns: Sequence[int] = starts
+            if name == CLOSE and (middles := _middles(scene)):
+                across, down = (sizes.drawn_side * place for place in rng.choice(middles))
+                rows, columns = close(starts, size, down), close(starts, size, across)
+            y, x = rng.choice(rows), rng.choice(columns)
             parts.append(picture[:, y : y + size, x : x + size])
         return torch.stack(parts)
-
-    def _close(
-        self, starts: range, size: int, middle: tuple[float, float] | None, axis: int
-    ) -> Sequence[int]:
-        """The starts of windows that hold a middle (x, y), or all if none does."""
-        if middle is None:
-            return starts
-        place = middle[axis] * self.recipe.sizes.drawn_side
-        ends = CLOSE_MARGIN, size - CLOSE_MARGIN
-        return [start for start in starts if ends[0] <= place - start <= ends[1]] or starts
 
     def losses(self, pixels: Tensor) -> dict[str, Tensor]:
         """`picture_loss` of pictures and what comes back of them; latents are kept from growing."""
