@@ -94,7 +94,7 @@ def test_diffusers_agrees(golden: Path) -> None:
         timestep=data["fwd.timestep"].long(),
         encoder_attention_mask=mask,
     ).sample
-    torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_rows_equal_each_row_alone(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_rows_equal_each_row_alone(tmp_path: Path) -> None:
     for row in range(2):
         one = slice(row, row + 1)
         alone = model.velocity(latent[one], times[one], condition[one], mask[one], grid_length=9)
-        torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(together[one], alone, rtol=2e-5, atol=2e-5)
 
 
 GAPS = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]])
@@ -121,7 +121,7 @@ def test_masked_tokens_are_as_if_absent(tmp_path: Path) -> None:
     for row in range(2):
         one = slice(row, row + 1)
         alone = model.velocity(latent[one], times[one], condition[one, GAPS[row].bool()])
-        torch.testing.assert_close(got[one], alone, rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(got[one], alone, rtol=2e-5, atol=2e-5)
 
 
 def test_tokens_behind_gaps_keep_their_positions(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_tokens_behind_gaps_keep_their_positions(tmp_path: Path) -> None:
     for row in range(2):
         kept = GAPS[row].bool()
         got = packed.keys[0][row, :, : int(kept.sum())]
-        torch.testing.assert_close(got, full.keys[0][row][:, kept], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, full.keys[0][row][:, kept], rtol=2e-5, atol=2e-5)
 
 
 def test_merged_caches_equal_one_batch(tmp_path: Path) -> None:
