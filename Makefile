@@ -1,4 +1,4 @@
-# make demo   set up .venv and run Kelix on a photograph and on a prompt
+# make demo   set up .venv and run Kelix on a picture and on a prompt
 # make test   set up .venv and run the tests
 # make bench  the benchmarks        make lint  ruff, clang-format, mypy
 # make native rebuild the libraries in place (KELIX_CUDA=0 without nvcc, =1 with it or fail)

@@ -116,10 +116,12 @@ class EngineConfig(JsonConfig):
     names, "" = no markers. speculate_markers: guess the next marker inside a generated image and
     let the model check it in one step; changes no output. Off with verify_head, which counts what
     was generated. seed: base of the requests' seeds.
-    trust_remote_code: allow the checkpoint's own processor code. max_condition_length: blocks an
-    image is drawn from. condition_on_special_tokens: draw from the states of vision_start, markers
-    and vision_end too, as the DiT was trained, or else of the codes alone. codes_mode: "reference"
-    repeats the release's bfloat16 roundings.
+    trust_remote_code: allow the checkpoint's own processor code. allow_files: False refuses local
+    paths as images of messages, for those that come from strangers. drawing: False leaves the image
+    DiT and its autoencoder out. max_condition_length: blocks an image is drawn from.
+    max_drawn_pixels: of one drawing. condition_on_special_tokens: draw from the states of
+    vision_start, markers and vision_end too, as the DiT was trained, or else of the codes alone.
+    codes_mode: "reference" repeats the release's bfloat16 roundings.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
     has no effect without a GPU. overlap: launch a block step before the blocks of the one in front
     are read, where they cannot change its plan, so the host works while the GPU does; changes no
@@ -142,7 +144,10 @@ class EngineConfig(JsonConfig):
     speculate_markers: bool = True
     seed: int = 0
     trust_remote_code: bool = False
+    allow_files: bool = True
+    drawing: bool = True
     max_condition_length: int = 720
+    max_drawn_pixels: int = 2048 * 2048
     condition_on_special_tokens: bool = True
     codes_mode: Literal["exact", "reference"] = "exact"
     cuda_graphs: bool = True
@@ -150,7 +155,9 @@ class EngineConfig(JsonConfig):
     quantization: Quantization = None
 
     def __post_init__(self) -> None:
-        self.require_positive("max_batch page_size max_step_tokens max_condition_length")
+        self.require_positive(
+            "max_batch page_size max_step_tokens max_condition_length max_drawn_pixels"
+        )
         size = self.image_cache_bytes
         self.require(size >= 0, "image_cache_bytes", "be 0 or more")
         for name in ("num_pages", "max_model_len"):

@@ -112,21 +112,16 @@ class EngineCore(Calls):
         )
         hidden_from = 0 if return_hidden else None if render is None else len(rows) - 1
         sequence = self._sequence(number, rows, sampling, ends, hidden_from, render)
-        sequence.placed = placed
-        if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
-            key = self.runner.encode_stage().key
-            for image in split_images(prompt.pixel_values, prompt.image_grid_thw):
-                sequence.images.append((*image, key(*image)))
+        self._place_images(sequence, prompt, placed)
         return sequence
 
     def add_forced_image(self, prompt: Any, blocks: np.ndarray, render: RenderParams) -> int:
         """Queues the drawing of an image whose blocks [n, N+1] are known, see
         `Runner.image_blocks`; errors as add_request."""
         render = self.runner.render_stage().sized(render)
-        given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-        rows, _ = prompt_rows(
-            drawing_prompt(given, self.config), self.config, self.runner.model.expand
-        )
+        prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
+        prompt = drawing_prompt(prompt, self.config)
+        rows, placed = prompt_rows(prompt, self.config, self.runner.model.expand)
         longest = min(self.options.max_condition_length - 1, self.max_positions - len(rows))
         if len(blocks) > longest:
             raise InputError(
@@ -134,11 +129,19 @@ class EngineCore(Calls):
                 f"for {longest - 1}; encode it at a smaller size"
             )
         ends = EndRules(frozenset(), len(blocks), self.config.qwen_config.vision_end_token_id)
-        number = self._counter
-        self._counter += 1
-        sequence = self._sequence(number, rows, GREEDY_DRAWING, ends, len(rows) - 1, render)
+        sequence = self._sequence(self._counter, rows, GREEDY_DRAWING, ends, len(rows) - 1, render)
+        self._place_images(sequence, prompt, placed)
         sequence.force(blocks)
+        self._counter += 1
         return self.submit(sequence)
+
+    def _place_images(self, sequence: Sequence, prompt: Prompt, placed: np.ndarray) -> None:
+        """Says which rows stand for images, and which images are still to be encoded."""
+        sequence.placed = placed
+        if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
+            key = self.runner.encode_stage().key
+            for image in split_images(prompt.pixel_values, prompt.image_grid_thw):
+                sequence.images.append((*image, key(*image)))
 
     def _sequence(
         self,

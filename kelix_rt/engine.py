@@ -58,7 +58,9 @@ class Engine(LoadedEngine):
         """Messages to prompt ids. ConfigError when the directory holds no tokenizer."""
         template = self._marker_template
         markers = PositionMarkers(*self.config.marker_ids, template) if template else None
-        return ChatProcessor(self.text, self.images, self.config.qwen_config, markers)
+        return ChatProcessor(
+            self.text, self.images, self.config.qwen_config, markers, self.options.allow_files
+        )
 
     @property
     def _marker_template(self) -> str | None:
@@ -222,9 +224,9 @@ class Engine(LoadedEngine):
     ) -> Iterator[Event]:
         """Events of one request as they happen; leaving the iterator early aborts it.
 
-        prompt: messages, a plain question, or a prompt; with `render`, what to draw. Text comes as
-        TextDelta where the checkpoint has a tokenizer; the last event is RequestDone or
-        RequestFailed. Input errors are raised by the first next().
+        prompt: messages, a plain question, or a prompt; with `render`, a description or a prompt as
+        `generate_image` takes them. Text comes as TextDelta where the checkpoint has a tokenizer;
+        the last event is RequestDone or RequestFailed. Input errors are raised by the first next().
         """
         if render is not None:
             number = self.add_request(

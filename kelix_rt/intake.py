@@ -98,7 +98,8 @@ def _image_ids(prompt: Prompt, placeholders: int, config: KelixConfig) -> np.nda
         raise InputError("prompt: pixel_values and image_grid_thw must be given together")
     if prompt.pixel_values is None or prompt.image_grid_thw is None:
         return None
-    check_patches(prompt.pixel_values, prompt.image_grid_thw)
+    vision = config.tokenizer_config.vision_config
+    check_patches(prompt.pixel_values, prompt.image_grid_thw, vision)
     blocks = block_count(prompt.image_grid_thw)
     if blocks != placeholders:
         raise InputError(

@@ -88,10 +88,9 @@ class LoadedEngine(EngineCore):
         if self.is_asleep:
             return
         if self.has_work:
-            count = len(self._requests)
             raise KelixError(
-                f"sleep: {count} requests are unfinished or have events nobody read; run step() "
-                "until has_work is False, or abort them"
+                "sleep: requests are unfinished or have events nobody read; run step() until "
+                "has_work is False, or abort them"
             )
         runner = self.runner
         on_gpu = runner.device.type != "cpu"

@@ -53,7 +53,7 @@ def load_parts(
         )
     target, wanted = choose_device(device), choose_dtype(dtype)
     language = KelixLM.from_pretrained(directory, target, wanted, on_tensor, chosen.quantization)
-    drawing = find_drawing(directory, dit, vae)
+    drawing = find_drawing(directory, dit, vae, chosen.drawing)
     render = None
     if drawing is not None:
         # The release runs all of its models in one dtype, the language model's.
@@ -93,7 +93,13 @@ def _load_render(
 ) -> RenderStage:
     dit, vae = drawing
     render = RenderStage.from_pretrained(
-        dit, vae, device, language.dtype, options.max_condition_length, on_tensor
+        dit,
+        vae,
+        device,
+        language.dtype,
+        options.max_condition_length,
+        options.max_drawn_pixels,
+        on_tensor,
     )
     channels, width = render.dit.condition_channels, language.config.qwen_config.embed_dim
     if channels != width:
@@ -107,13 +113,18 @@ def _load_render(
 
 
 def find_drawing(
-    directory: Path | None, dit: str | Path | None, vae: str | Path | None
+    directory: Path | None, dit: str | Path | None, vae: str | Path | None, wanted: bool = True
 ) -> tuple[Path, Path] | None:
     """The directories of DiT and autoencoder: those given, else subfolders that exist, else None.
 
     A given directory without a config of its own may be a whole pipeline with such a subfolder.
-    Raises ConfigError where a given one holds neither, or only one of the two is found.
+    wanted: False looks for none. Raises ConfigError where a given one holds neither or is not
+    wanted, or only one of the two is found.
     """
+    if not wanted:
+        if dit is not None or vae is not None:
+            raise ConfigError("drawing=False leaves DiT and VAE out, but dit= or vae= is given")
+        return None
     dit_path, vae_path = _part(directory, "dit", dit), _part(directory, "vae", vae)
     if dit_path is not None and vae_path is not None:
         return dit_path, vae_path

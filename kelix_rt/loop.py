@@ -91,7 +91,8 @@ class Loop:
     def abort(self, request_id: int) -> Output | None:
         """Ends a request at once, frees what it holds and emits its RequestDone.
 
-        None when there is no such request or it has ended.
+        None when there is no such request, it has ended, or its output cannot be made; the last
+        emits RequestFailed.
         """
         sequence = self._requests.get(request_id)
         if sequence is None:
@@ -262,12 +263,17 @@ class Loop:
             self._jobs.start(sequence.request_id, picture, partial(self._finish, sequence))
         self._book_jobs()
 
-    def _finish(self, sequence: Sequence, image: Image | None = None) -> Output:
-        """Takes a request out, and emits its last events."""
+    def _finish(self, sequence: Sequence, image: Image | None = None) -> Output | None:
+        """Takes a request out and emits its last events; where its output cannot be made, that is
+        its failure, and nobody else's."""
+        try:
+            wanted = sequence.hidden_from == 0 and sequence.hidden_parts
+            hidden = self.runner.hidden(sequence) if wanted else None
+            output = output_of(sequence, image, hidden)
+        except Exception as error:
+            self._fail(sequence, error)
+            return None
         self._remove(sequence)
-        wanted = sequence.hidden_from == 0 and sequence.hidden_parts
-        hidden = self.runner.hidden(sequence) if wanted else None
-        output = output_of(sequence, image, hidden)
         if output.image is not None:
             self._emit(ImageDone(sequence.request_id, output.image))
         self._emit(RequestDone(sequence.request_id, output))

@@ -70,7 +70,8 @@ class SlotSampling:
 class SamplingParams:
     """How blocks are drawn and when a request ends.
 
-    temperature: 0 takes the most likely id. top_k: 0 is off, 1 is greedy. top_p in (0, 1].
+    temperature: 0 takes the most likely id (under rule "reference" it divides by nothing, as in the
+    release; top_k=1 is greedy there). top_k: 0 is off, 1 is greedy. top_p in (0, 1].
     min_p in [0, 1]: drop ids below min_p times the largest probability.
     seed: draws depend on (seed, index of the generated block, slot) only; None lets the engine
         derive one from its own seed and a counter of requests.

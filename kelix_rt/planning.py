@@ -49,7 +49,7 @@ def engine_plan(
     if isinstance(model, KelixConfig):
         config, stored = model, dtype or torch.bfloat16
         entries = config_entries(config, stored, options.quantization)
-        drawing = find_drawing(None, dit, vae)
+        drawing = find_drawing(None, dit, vae, options.drawing)
     else:
         directory = _directory(model)
         found = read_config(directory)
@@ -60,7 +60,7 @@ def engine_plan(
         config = found
         stored = dtype or language_dtype(directory)
         entries = weight_entries(directory, stored, options.quantization)
-        drawing = find_drawing(directory, dit, vae)
+        drawing = find_drawing(directory, dit, vae, options.drawing)
     entries += language_workspaces(config, options, stored)
     if drawing is not None:
         entries += drawing_entries(*drawing, options, stored)

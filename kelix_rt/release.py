@@ -145,7 +145,9 @@ def random_engine(
         language.quantize()
     language.prepare()
     language.visual_tokenizer = tokenizer
-    render = RenderStage(dit, Autoencoder.of(vae), options.max_condition_length)
+    render = RenderStage(
+        dit, Autoencoder.of(vae), options.max_condition_length, options.max_drawn_pixels
+    )
     built = assemble(Path(), language, render, options)
     return Engine(built.runner, built.scheduler, built.options, built.max_positions)
 

@@ -219,14 +219,15 @@ class Runner:
 
     def start_picture(self, sequence: Sequence) -> Callable[[], Image]:
         """Decodes a drawing whose steps are all taken; what is left to do on any thread."""
-        pixels = self.render_stage().pixels(sequence.render_state)
-        host = self._queue.host_zeros(*pixels.shape, dtype=pixels.dtype)
-        self._queue.run(lambda: host.copy_(pixels, non_blocking=True))
+        painted = self.render_stage().pixels(sequence.render_state)
+        pixels, finite = (self._queue.host_zeros(*one.shape, dtype=one.dtype) for one in painted)
+        self._queue.run(lambda: pixels.copy_(painted[0], non_blocking=True))
+        self._queue.run(lambda: finite.copy_(painted[1], non_blocking=True))
         copied = self._queue.mark()
 
         def picture() -> Image:
             copied.wait()
-            return to_picture(host)
+            return to_picture(pixels, finite)
 
         return picture
 

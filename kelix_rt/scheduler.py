@@ -202,15 +202,18 @@ class Scheduler:
         return BlockPlan(tuple(spans.values())) if spans else None
 
     def admit_waiting(self, spans: dict[Sequence, Span], budget: int) -> int:
-        """Gives waiting requests pages and spans while both last; the rows left of `budget`."""
-        while self.waiting and budget and len(self.running) < self.max_batch:
-            sequence = self.waiting[0]
-            if sequence.images or not self._admit(sequence):
+        """Gives waiting requests pages and spans while both last; the rows left of `budget`.
+
+        In order, but for requests whose images are not all encoded: those let others by.
+        """
+        while budget and len(self.running) < self.max_batch:
+            sequence = next((one for one in self.waiting if not one.images), None)
+            if sequence is None or not self._admit(sequence):
                 break
             count = min(sequence.pending, budget)
             if not self.grow(sequence, sequence.computed + count):
                 raise RuntimeError("scheduler: the pool refused pages it had counted as available")
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             spans[sequence] = self._span(sequence, count)
             budget -= count

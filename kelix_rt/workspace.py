@@ -11,11 +11,11 @@ from kelix_rt.denoise_graphs import DENOISE_ROWS
 from kelix_rt.ledger import MemoryEntry
 from kelix_rt.quantization import TILE_GPU
 from kelix_rt.scheduler import MAX_RENDER_BATCH
+from kelix_rt.stages.denoise import KEPT_STEPS
 from kelix_rt.step_layout import block_rows, buckets, buffer_bytes
 
 ALIVE = 4  # activations of a step alive at once, in units of the widest one
 DRAW_FLOATS = 5  # per id a slot may take: its logit, and draw_workspace of csrc/common/sampling.h
-RENDER_STEPS = 50  # RenderParams' default
 GRAPH_BYTES = 16 << 20  # what the driver may keep of one graph of some hundred kernels: a guess
 
 
@@ -53,15 +53,17 @@ def render_workspaces(
 ) -> list[MemoryEntry]:
     """Of the images that are drawn at once, at the model's own size, and of denoise graphs."""
     condition = 2 * dit.depth * options.max_condition_length * dit.hidden_size * dtype.itemsize
-    modulation = (6 * dit.depth + 2) * RENDER_STEPS * dit.hidden_size * dtype.itemsize
+    modulation = (6 * dit.depth + 2) * KEPT_STEPS * dit.hidden_size * dtype.itemsize
     tokens = (dit.input_size // dit.patch_size) ** 2
     widest = max(3 * dit.hidden_size, int(2 * dit.mlp_ratio * dit.hidden_size))
-    denoise = MAX_RENDER_BATCH * tokens * widest
+    rows = 2 * MAX_RENDER_BATCH  # with guidance
+    held = MAX_RENDER_BATCH + rows + 1  # each drawing's own, those of the batch, no condition
+    denoise = rows * tokens * widest
     decode = (dit.input_size * dit.vae_downsample_rate) ** 2 * _vae_width(vae)
     both = ALIVE * max(denoise, decode) * dtype.itemsize
     lines = (
-        (f"conditions of {MAX_RENDER_BATCH} drawings", MAX_RENDER_BATCH * condition),
-        (f"modulation of {RENDER_STEPS} steps", modulation),
+        (f"conditions of {MAX_RENDER_BATCH} drawings", held * condition),
+        (f"modulation of {KEPT_STEPS} steps", modulation),
         ("workspace of denoising and decoding", both),
     )
     entries = [MemoryEntry(name, size, "render", "transient") for name, size in lines]

@@ -101,6 +101,36 @@ def test_draw_writes_the_image_the_engine_draws(
     assert (found["seed"], found["blocks"]) == (3, len(expected.blocks))
 
 
+def test_what_no_seed_is_given_for_differs_from_run_to_run(
+    kelix, model: Path, drawing: tuple[str, ...], tmp_path: Path
+) -> None:
+    args = ["-m", model, "-o", tmp_path / "x.png", *drawing, "--json"]
+    seeds = {json.loads(kelix("draw", "a red circle", *args).out)["seed"] for _ in range(2)}
+    assert len(seeds) == 2
+
+
+def test_chat_leaves_a_dit_beside_its_model_alone(kelix, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "dit").mkdir()  # without a VAE, no engine that draws can be made of it
+    args = ["-m", tmp_path / "model", "--max-blocks", 2]
+    assert kelix("chat", "Hello", *args).code == 0
+    assert "there is no vae=" in kelix("draw", "a circle", "-m", tmp_path / "model").err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["draw", "a circle", "--temperature", -1], "temperature must be a number in [0.0"),
+        (["draw", "a circle", "--temperature", "nan"], "temperature must be a number in [0.0"),
+        (["info", "kelix-tiny", "--dit", "x"], "--dit and --vae belong to a --plan"),
+    ],
+)
+def test_options_are_not_ignored(kelix, args: list[object], message: str) -> None:
+    result = kelix(*args)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+
+
 def test_draw_without_a_dit_reads_no_weight(
     kelix, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,8 @@ def test_release_size_on_a_cpu_is_refused(
     out = tmp_path / "timeline.png"
     assert run("bench", "--config", "release", "--device", "cpu", "--out", out) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err and not out.exists()
+    assert run("bench", "--config", "release", "-m", "other", "--out", out) == 2
+    assert "drop --model, --dit and --vae" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_picture_that_cannot_be_written_is_refused_first(

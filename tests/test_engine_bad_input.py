@@ -85,7 +85,19 @@ BAD_PROMPTS: dict[str, tuple[object, str]] = {
     "patches without grid": (Prompt([1, IMAGE], None, torch.zeros(4, 3, 14, 14)), "together"),
     "wrong patch count": (
         Prompt([1, IMAGE], None, torch.zeros(5, 3, 14, 14), torch.tensor([[1, 2, 2]])),
-        "pixel_values must have shape",
+        r"pixel_values must be floating with shape \[4, 3, 14, 14\]",
+    ),
+    "wrong patch size": (
+        Prompt([1, IMAGE], None, torch.zeros(4, 3, 28, 28), torch.tensor([[1, 2, 2]])),
+        r"shape \[4, 3, 14, 14\] .* got torch.float32 \[4, 3, 28, 28\]",
+    ),
+    "grey patches": (
+        Prompt([1, IMAGE], None, torch.zeros(4, 1, 14, 14), torch.tensor([[1, 2, 2]])),
+        r"got torch.float32 \[4, 1, 14, 14\]",
+    ),
+    "whole numbers as pixels": (
+        Prompt([1, IMAGE], None, torch.zeros(4, 3, 14, 14).long(), torch.tensor([[1, 2, 2]])),
+        "pixel_values must be floating",
     ),
     "odd grid": (
         Prompt([1, IMAGE], None, torch.zeros(6, 3, 14, 14), torch.tensor([[1, 3, 2]])),
@@ -273,5 +285,28 @@ def test_an_interrupt_inside_a_step_leaks_nothing(
     monkeypatch.setattr(engine.runner.generate, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1, 2, 3], [4, 5]], GREEDY)
+    monkeypatch.undo()
+    assert_serves(engine, path)
+
+
+def test_hidden_states_that_do_not_fit_fail_their_request_alone(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(engine.runner, "hidden", full)
+    greedy = SamplingParams(temperature=0.0, max_blocks=3, ignore_eos=True)
+    wanted, aborted = (engine.add_request([1, 2], greedy, return_hidden=True) for _ in range(2))
+    other = engine.add_request([1, 2], greedy)
+    engine.step()
+    assert engine.abort(aborted) is None
+    ended = {}
+    while engine.has_work:
+        ended |= {event.request_id: event for event in engine.step()}
+    for number in (wanted, aborted):
+        assert isinstance(ended[number], RequestFailed)
+        assert "no more memory" in str(ended[number].error)
+    assert isinstance(ended[other], RequestDone) and len(ended[other].output.blocks) == 3
     monkeypatch.undo()
     assert_serves(engine, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, current_thread
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kelix_rt import (
@@ -117,6 +119,17 @@ def test_a_bad_picture_fails_its_request_alone(engine: Engine) -> None:
     assert_idle(engine)
 
 
+def test_local_files_are_read_only_where_they_may_be(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (56, 56)).save(picture)
+    part = {"type": "image_url", "image_url": {"url": str(picture)}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+    assert load_engine(BUNDLED).chat(messages, SAMPLING).finish_reason
+    strict = load_engine(BUNDLED, allow_files=False)
+    with pytest.raises(InputError, match="reading files is switched off"):
+        strict.chat(messages, SAMPLING)
+
+
 def test_a_request_too_large_is_refused_when_its_prompt_is_there(engine: Engine) -> None:
     number = engine.add_chat(asking(), SamplingParams(max_blocks=10**6))
     (event,) = engine.run_to_end([number])
@@ -158,15 +171,22 @@ def test_an_abort_while_a_picture_is_read(held: tuple[Engine, Held]) -> None:
     assert_idle(engine)
 
 
-def test_leaving_a_stream_while_its_picture_is_read(held: tuple[Engine, Held]) -> None:
+def test_leaving_a_stream_while_its_picture_is_read(
+    held: tuple[Engine, Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, stopper = held
-    engine.add_request([5, 6], SAMPLING)
-    stream = engine.stream(asking(), SAMPLING)
+
+    def interrupted() -> None:
+        assert stopper.begun.wait(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_step", interrupted)
+        next(engine.stream(asking(), SAMPLING))
+    assert not stopper.go.is_set()
+    assert_idle(engine)
     stopper.go.set()
-    next(stream)
-    stream.close()
-    while engine.has_work:
-        engine.step()
+    assert engine.chat(asking(), SAMPLING).blocks.shape[0] > 0
     assert_idle(engine)
 
 
@@ -230,7 +250,7 @@ def test_a_picture_that_fails_fails_its_drawing_alone(
 ) -> None:
     engine, _, number, _ = drawing
 
-    def broken(pixels: object) -> None:
+    def broken(*painted: object) -> None:
         raise MemoryError("no room for a picture")
 
     monkeypatch.setattr("kelix_rt.runner.to_picture", broken)
@@ -238,5 +258,22 @@ def test_a_picture_that_fails_fails_its_drawing_alone(
     failed, fine = engine.run_to_end([number, other])
     assert isinstance(failed, RequestFailed)
     assert "no room" in str(failed.error)
+    assert isinstance(fine, RequestDone)
+    assert_idle(engine)
+
+
+def test_what_is_painted_must_be_numbers(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DiT that overflows fails the drawing: NaN would be an arbitrary picture."""
+    engine, stopper, number, _ = drawing
+    stopper.go.set()
+
+    def overflowing(latent: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.full_like(latent, math.inf)
+
+    monkeypatch.setattr(engine.runner.render.denoiser, "evaluate", overflowing)
+    other = engine.add_request([5, 6], SAMPLING)
+    failed, fine = engine.run_to_end([number, other])
+    assert isinstance(failed, RequestFailed)
+    assert "the painted pixels are not finite" in str(failed.error)
     assert isinstance(fine, RequestDone)
     assert_idle(engine)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kelix_rt import Engine, EngineConfig
+from kelix_rt.assets import BUNDLED
 from kelix_rt.errors import ConfigError, WeightError
 from kelix_rt.loading import find_drawing, load_parts
 
@@ -24,6 +26,18 @@ def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
         find_drawing(tmp_path, pipeline, pipeline)
     (pipeline / "config.json").touch()
     assert find_drawing(tmp_path, None, pipeline) == (tmp_path / "dit", pipeline)
+    assert find_drawing(tmp_path, None, None, wanted=False) is None
+    with pytest.raises(ConfigError, match="drawing=False leaves DiT and VAE out, but dit="):
+        find_drawing(tmp_path, None, pipeline, wanted=False)
+
+
+def test_an_engine_that_is_not_to_draw_leaves_the_dit_alone() -> None:
+    for drawing in (True, False):
+        engine = Engine.from_pretrained(BUNDLED, device="cpu", drawing=drawing)
+        booked = Engine.plan(BUNDLED, EngineConfig(drawing=drawing), device="cpu").rows()
+        assert (engine.runner.render is not None) == ("image DiT" in dict(booked)) == drawing
+    with pytest.raises(ConfigError, match="drawing needs the image DiT"):
+        engine.generate_image("draw a red circle.")
 
 
 def test_a_dit_is_no_language_model(golden: Path) -> None:

@@ -151,7 +151,7 @@ def test_graphs_are_booked_where_they_are_made(golden: Path) -> None:
     assert "decode graphs" not in dict(on_cpu.rows())
     parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
     drawing = dict(engine_plan(path, **parts).rows())
-    room = DENOISE_ROWS * drawing["conditions of 8 drawings"] // 8
+    room = DENOISE_ROWS * drawing["conditions of 8 drawings"] // (8 + 16 + 1)
     assert drawing["denoise graphs"] > room + DENOISE_ROWS * GRAPH_BYTES
     without = dict(engine_plan(path, EngineConfig(cuda_graphs=False), **parts).rows())
     assert "denoise graphs" not in without

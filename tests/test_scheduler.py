@@ -155,6 +155,24 @@ def test_images_are_encoded_before_admission() -> None:
     assert all(isinstance(plan, BlockPlan) for plan in plans[3:])
 
 
+def test_requests_whose_images_are_not_encoded_let_others_by() -> None:
+    scheduler = make_scheduler()
+    with_images, text, more = (make_sequence(number) for number in (1, 2, 3))
+    with_images.images.extend([("patches", "grid")] * 3)
+    for sequence in (with_images, text, more):
+        scheduler.add(sequence)
+    plan = None
+    while not isinstance(plan, BlockPlan):
+        plan = scheduler.schedule()
+        if isinstance(plan, EncodePlan):
+            scheduler.encoded(with_images)
+    assert plan.sequences == (text, more)
+    assert list(scheduler.waiting) == [with_images] and with_images.images
+    run_blocks(scheduler, plan)
+    run_all(scheduler)
+    assert with_images.generated == 6
+
+
 def test_a_request_that_never_fits_is_refused() -> None:
     scheduler = make_scheduler(num_pages=2)
     with pytest.raises(CapacityError, match="need 3 KV pages of 4, but there are 2"):

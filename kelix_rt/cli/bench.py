@@ -12,6 +12,7 @@ from kelix_rt.assets import BUNDLED, SCENE
 from kelix_rt.cli import options
 from kelix_rt.cli.output import plain_table, print_json, stdout
 from kelix_rt.cli.session import load_engine
+from kelix_rt.errors import InputError
 from kelix_rt.request import GREEDY_DRAWING, RenderParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def bench(
     options.check_picture(out)
     render = RenderParams(steps=steps, seed=0)
     if config == "release":
+        if model != BUNDLED or dit is not None or vae is not None:
+            raise InputError(
+                "--config release makes its own weights: drop --model, --dit and --vae"
+            )
         from kelix_rt.config import EngineConfig
         from kelix_rt.release import release_engine, release_workload
 

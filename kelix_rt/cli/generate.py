@@ -152,7 +152,7 @@ def draw(
     options.check_picture(out)
     width, height = options.read_size(size) or (None, None)
     render = RenderParams(height=height, width=width, steps=steps, cfg=cfg, seed=seed)
-    sampling = SamplingParams(temperature, seed=seed) if temperature > 0 else None
+    sampling = SamplingParams(temperature, seed=seed) if temperature != 0 else None
     engine = load_engine(
         model, dit, vae, device, dtype, kv_dtype=kv_dtype, quantization=quantization, drawing=True
     )

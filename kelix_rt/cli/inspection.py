@@ -39,6 +39,8 @@ def info(
 
     if plan and checkpoint is None:
         raise InputError("--plan needs a CHECKPOINT to plan for")
+    if not plan and (dit is not None or vae is not None):
+        raise InputError("--dit and --vae belong to a --plan; to look into one, name it CHECKPOINT")
     found: dict[str, Any] = {"installation": facts.installation()}
     if checkpoint is not None:
         target, wanted = choose_device(device, kernels=False), choose_dtype(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,9 +36,8 @@ def load_engine(
     quantization: Quantization,
     drawing: bool,
 ) -> Engine:
-    """An engine; with `drawing`, ConfigError before any weight is read if DiT or VAE are absent.
-
-    Without `drawing` the DiT is loaded too when it is given or lies in the model's directory.
+    """An engine, with DiT and VAE where `drawing`: ConfigError before any weight is read if they
+    are absent. What no seed is given for differs from run to run.
     """
     from kelix_rt.checkpoint import resolve
     from kelix_rt.config import EngineConfig
@@ -47,7 +47,7 @@ def load_engine(
     from kelix_rt.memory import plan
 
     directory = resolve(model)
-    found = find_drawing(directory, dit, vae)
+    found = find_drawing(directory, dit, vae, drawing)
     if drawing and found is None:
         raise ConfigError(
             f"drawing needs the image DiT and its VAE: {directory} has no subfolders dit/ and "
@@ -56,7 +56,7 @@ def load_engine(
     dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
     chosen = choose_dtype(dtype)
-    options = EngineConfig(kv_dtype=kv_dtype, quantization=quantization)
+    options = EngineConfig(kv_dtype=kv_dtype, quantization=quantization, drawing=drawing)
     plans = [plan(path, options=options, dtype=chosen) for path in sources]
     entries = [entry for ledger in plans for entry in ledger.entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
@@ -70,5 +70,7 @@ def load_engine(
             dtype=dtype,
             kv_dtype=kv_dtype,
             quantization=quantization,
+            drawing=drawing,
+            seed=secrets.randbits(63),
             on_tensor=lambda _, size: bar.advance(task, size),
         )

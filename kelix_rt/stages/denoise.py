@@ -23,7 +23,7 @@ from kelix_rt.stages.schedules import Schedule, dpm_coefficients, flow_dpm, flow
 
 Scheduler = Literal["euler", "dpm++"]
 _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {"euler": flow_euler, "dpm++": flow_dpm}
-_KEPT_PLANS = 4
+KEPT_STEPS = 200  # steps of the schedules that are kept between drawings, four of 50
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Denoiser:
         self._plans: dict[tuple[str, int, float], _Plan] = {}
         self._batches: dict[tuple[object, ...], _Batch] = {}
         # Kept as long as a guided state that uses it, and no longer.
-        self._unconditional: WeakValueDictionary[tuple[int, ...], ConditionCache] = (
+        self._unconditional: WeakValueDictionary[tuple[int, int, int | None], ConditionCache] = (
             WeakValueDictionary()
         )
 
@@ -130,7 +130,8 @@ class Denoiser:
 
     def _uncond(self, condition: ConditionCache) -> ConditionCache:
         """The guidance's other half, made once for all drawings in flight that it fits."""
-        key = (condition.batch, condition.capacity, condition.grid_length)
+        rotary = self.dit.config.use_cross_attn_rope
+        key = (condition.batch, condition.capacity, condition.grid_length if rotary else None)
         known = self._unconditional.get(key)
         if known is None:
             known = self._unconditional[key] = self.dit.unconditional(*key)
@@ -151,9 +152,10 @@ class Denoiser:
             modulation = self.dit.prepare_modulation(schedule.timesteps)
             device = self.dit.device
             plan = _Plan(scheduler, modulation, sigmas.to(device), weights.to(device))
-            while len(self._plans) >= _KEPT_PLANS:
-                self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
+            while sum(kept.steps for kept in self._plans.values()) > KEPT_STEPS:
+                self._plans.pop(next(iter(self._plans)))
+            return plan
         return self._plans[key]
 
     @torch.inference_mode()

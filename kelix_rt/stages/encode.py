@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import InputError
+from kelix_rt.models import vision_layout
 from kelix_rt.models.vision_layout import MERGE, read_grids
 from kelix_rt.stages.code_cache import CodeCache, content_key
 
 if TYPE_CHECKING:
+    from kelix_rt.config import VisionConfig
     from kelix_rt.models.vision_tokenizer import VisionTokenizer
 
 
@@ -25,15 +27,12 @@ def split_images(pixel_values: Tensor, grid: Tensor) -> list[tuple[Tensor, Tenso
     return list(zip(pixel_values.split(grid.prod(dim=1).tolist()), grid.split(1), strict=True))
 
 
-def check_patches(pixel_values: Tensor, grid: Tensor) -> None:
-    """Raises InputError unless patches [N, 3, P, P] and grids [n, 3] belong together."""
-    read_grids(grid)
-    patches = int(grid.prod(dim=1).sum())
-    if pixel_values.ndim != 4 or pixel_values.shape[0] != patches:
-        raise InputError(
-            f"pixel_values must have shape [{patches}, channels, patch, patch] for grids "
-            f"{grid.tolist()}, got {list(pixel_values.shape)}"
-        )
+def check_patches(pixel_values: Tensor, grid: Tensor, vision: VisionConfig) -> None:
+    """Raises InputError unless patches [N, C, P, P] and grids [n, 3] belong together, are what the
+    encoder takes, and finite."""
+    vision_layout.check_patches(
+        pixel_values, read_grids(grid), vision.num_channels, vision.patch_size
+    )
     if not bool(torch.isfinite(pixel_values).all()):
         raise InputError("pixel_values must be finite, got NaN or infinity")
 
@@ -59,7 +58,7 @@ class EncodeStage:
     @torch.inference_mode()
     def codes(self, pixel_values: Tensor, grid: Tensor) -> Tensor:
         """Codes int64 [T, N] local to their sub-codebooks; T counts the blocks of all images."""
-        check_patches(pixel_values, grid)
+        check_patches(pixel_values, grid, self.tokenizer.config.vision_config)
         parameter = next(self.tokenizer.parameters())
         pixels = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
         return self.tokenizer.encode(pixels, grid, mode=self.mode)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from kelix_rt import Engine, InputError, Prompt, RenderParams, SamplingParams
+from kelix_rt.config import VisionConfig
 from kelix_rt.stages.encode import block_count, check_patches
 from tests.engine_helpers import GREEDY, assert_idle, fixtures, load_engine
 
@@ -93,7 +94,7 @@ def test_block_count_adds_up_images() -> None:
 )
 def test_patches_that_do_not_fit_are_refused(pixels: torch.Tensor, grid: torch.Tensor) -> None:
     with pytest.raises(InputError):
-        check_patches(pixels, grid)
+        check_patches(pixels, grid, VisionConfig())
 
 
 def test_messages_with_images_are_answered(golden: Path) -> None:
@@ -129,6 +130,28 @@ def test_reconstruct_feeds_the_codes_of_the_image_to_the_dit(
     rows = engine.runner.model.expand(torch.tensor([*prompt, qwen.vision_end_token_id]), ids)
     forced = engine.runner.model.hidden_states(rows)[-1]
     torch.testing.assert_close(seen[0], forced, atol=3e-5, rtol=0)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("as_arrays", [False, True])
+def test_reconstruct_behind_a_prompt_with_a_picture(golden: Path, as_arrays: bool) -> None:
+    """Its patches are encoded first: all is as with their codes in the prompt."""
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    engine = load_engine(golden / "llm" / "tiny_a", **parts)
+    data = fixtures(golden / "llm" / "tiny_a")
+    qwen = engine.config.qwen_config
+    ids = [1, *[qwen.image_token_id] * len(data["vis/aligned_ids"]), 2, qwen.vision_start_token_id]
+    patches = data["vis/pixel_values"], data["vis/image_grid_thw"]
+    if as_arrays:
+        patches = tuple(value.numpy() for value in patches)
+    render = RenderParams(steps=1, seed=1)
+    prompts = [Prompt(ids, None, *patches), Prompt(ids, data["vis/aligned_ids"]), Prompt(ids[-1:])]
+    encoded, given, bare = (
+        np.asarray(engine.reconstruct(photo(), prompt=prompt, render=render).image)
+        for prompt in prompts
+    )
+    np.testing.assert_array_equal(encoded, given)
+    assert (encoded != bare).any()
     assert_idle(engine)
 
 

@@ -163,6 +163,7 @@ def test_long_conditions_are_cut(golden: Path, data: dict[str, Tensor]) -> None:
         RenderParams(latent=torch.zeros(8, 4, 4)),
         RenderParams(height=64, latent=torch.zeros(1, 8, 4, 4)),
         RenderParams(latent=torch.full((1, 8, 4, 4), float("nan"))),
+        RenderParams(height=2048, width=2080),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
@@ -216,3 +217,10 @@ def test_sides_are_those_asked_for_those_of_the_latent_or_the_models(stage: Rend
         sized = stage.sized(params)
         assert (sized.height, sized.width) == sides
         assert stage.sized(sized) == sized
+
+
+def test_a_latent_may_be_filled_anew_once_it_was_given(stage: RenderStage) -> None:
+    noise = torch.ones(1, stage.dit.config.in_channels, 2, 2)
+    sized = stage.sized(RenderParams(latent=noise))
+    noise.zero_()
+    assert sized.latent is not None and torch.equal(sized.latent, torch.ones_like(noise))
