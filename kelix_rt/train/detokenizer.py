@@ -44,7 +44,6 @@ STAGES = ("1", "2")
 # Stage of the language model that each stage reads: the first one need not wait for the last. What
 # the change of states costs was measured (docs/kelix-tiny.md).
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
-WEIGHED = "2"  # the stage whose loss weighs places by what lies there
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.
 SHARES, ANSWERS = (0.3, 0.5, 0.2), 1
@@ -201,7 +200,7 @@ class DetokenizerTrainer:
             alone = self.pictures.stranger if kind else self.pictures.drawing
             return self.chats.plain(self.chats.image, [alone(index)])
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
-        request = prompt(scene_of(index, self.recipe.seed), rng)
+        request = prompt(scene_of(index, self.recipe.seed), rng, in_order=True)
         return drawing(self.chats, request.text, self.pictures.answer(index))
 
     def _places(self) -> Tensor:
@@ -236,11 +235,10 @@ class DetokenizerTrainer:
             places = self._places().to(dit.device)
             look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
         dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
-        weighed = {"weights": WEIGHTS} if name == WEIGHED else {}
 
         def loss_fn(step: int) -> dict[str, Tensor]:
             indices = self.indices(name, step)
-            own = weights()[torch.tensor(indices) % self.pictures.count] if weighed else None
+            own = weights()[torch.tensor(indices) % self.pictures.count]
             return flow_loss(dit, *self.targets(read(), indices), dropout, own)
 
         return run_stage(
@@ -256,7 +254,9 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             dtype=torch.bfloat16,
-            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, **weighed),
+            config=self.recipe.facts(
+                pictures=self.recipe.pictures, batch=stage.batch, weights=WEIGHTS
+            ),
             on_log=lambda step: self._show(read(), name, step),
             **options,
         )

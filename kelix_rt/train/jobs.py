@@ -39,15 +39,15 @@ class Job:
 
 def _jobs() -> tuple[Job, ...]:
     """What is wanted first stands first; a job stands behind those it is after."""
-    split = language.STAGES.index(READS["1"]) + 1
+    words, split = len(language.WORDS), language.STAGES.index(READS["1"]) + 1
     tokenizer = Job("tokenizer")
-    words = Job("language", language.STAGES[:1])
+    told = Job("language", language.STAGES[:words])
     autoencoder = Job("autoencoder")
-    seeing = Job("language", language.STAGES[1:split], after=(tokenizer, words))
+    seeing = Job("language", language.STAGES[words:split], after=(tokenizer, told))
     rest = Job("language", language.STAGES[split:], after=(seeing,))
     painting = Job("detokenizer", ("1",), after=(seeing, autoencoder))
     last = Job("detokenizer", ("2",), after=(rest, painting), alone=True)
-    return tokenizer, words, autoencoder, seeing, rest, painting, last
+    return tokenizer, told, autoencoder, seeing, rest, painting, last
 
 
 JOBS = _jobs()
