@@ -93,13 +93,13 @@ def flow_loss(
     condition: Tensor,
     mask: Tensor,
     dropout: float,
-    weights: Tensor | None = None,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the velocity (noise - clean) at random noise levels.
+    """Weighted mean of the squared error of the velocity (noise - clean) at random noise levels.
 
     clean: [B, C, h, w] latents. dropout: share of samples that see the stored unconditional rows
     instead of their connected condition, as many as the condition has. weights: float32 [B, h, w]
-    of the places of samples with a condition, None: all alike.
+    of the places of samples with a condition (`place_weights`).
     """
     batch, device = len(clean), clean.device
     sigma, time = noise_levels(batch, device)
@@ -119,8 +119,6 @@ def flow_loss(
     noisy, wanted = (1 - level) * clean + level * noise, noise - clean
     velocity = dit.forward_cached(noisy[order], dit.prepare_modulation(time[order]), cache)
     errors = (velocity.float() - wanted[order].float()).square().mean(1)
-    if weights is None:
-        return {"loss": errors.mean()}
     weights = weights[order]
     weights[kept:] = 1  # without a condition they would pull towards what weighs much
     return {"loss": (weights * errors).sum() / weights.sum()}

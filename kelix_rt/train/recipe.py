@@ -1,8 +1,8 @@
 """All sizes, steps and rates of kelix-tiny in one place, and how they change with the budget.
 
-The stages are those of the Kelix report, with a warm-up in front of two parts: the report starts
-from a pretrained vision transformer and a pretrained Qwen3, and neither exists at this size. The
-autoencoder's decoder has a stage of its own, and the DiT's second stage weighs places.
+The stages are those of the Kelix report, with more in front of two parts: the report starts from a
+pretrained vision transformer and a pretrained Qwen3, and neither exists at this size. The
+autoencoder's decoder has a stage of its own, and the DiT's loss weighs places.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(8000, 8e-4, 50, 16, lr_floor=0.02),
+        "2": Stage(7000, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
@@ -197,8 +197,8 @@ GPU = replace(
     },
     language=_language(batch=4096, share=0.4, rate=1.5),
     detokenizer={
-        "1": Stage(4500, 2e-3, 100, 128, lr_floor=0.3),
-        "2": Stage(1000, 5e-4, 1, 128, lr_floor=0.02),
+        "1": Stage(4500, 2e-3, 100, 128, lr_floor=0.4),
+        "2": Stage(2000, 1.6e-3, 50, 128, lr_floor=0.02),
     },
 )
 
