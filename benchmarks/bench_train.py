@@ -53,8 +53,7 @@ def dit_loss(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     clean = randn(PICTURES, sizes.latent_channels, side, side, seed=1).to(device)
     condition = randn(PICTURES, sizes.condition_rows, sizes.width, seed=2).to(device)
     mask = torch.ones(condition.shape[:2], dtype=torch.int64, device=device)
-    weights = 1 + torch.rand(PICTURES, side, side).to(device)
-    return dit, lambda: flow_loss(dit, clean, condition, mask, 0.1, weights)["loss"]
+    return dit, lambda: flow_loss(dit, clean, condition, mask, dropout=0.1)["loss"]
 
 
 @pytest.mark.parametrize("made", [language_loss, dit_loss], ids=["language", "dit"])

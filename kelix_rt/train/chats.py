@@ -12,10 +12,10 @@ from torch import Tensor
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import ConfigError
 from kelix_rt.processing import ChatProcessor
-from kelix_rt.train.asked import of_kind, some
 from kelix_rt.train.pictures import CodedPicture, Subject
 from kelix_rt.train.pure_text import text_sample
-from kelix_rt.train.told import told, told_of
+from kelix_rt.train.world_questions import questions
+from kelix_rt.train.world_scene import Scene
 from kelix_rt.train.world_text import (
     Question,
     caption,
@@ -162,30 +162,26 @@ def _text(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     return chats.chat([("user", sample.text), ("assistant", sample.answer)])
 
 
+def _told(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The scene in words alone, with questions: what a language model brings along."""
+    return chats.lines(inventory(subject.scene), _some(subject.scene, rng, 12))
+
+
 def _shown(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """A picture with questions of all kinds, a line each."""
-    return chats.lines(subject.seen(rng), some(subject.scene, rng, 12))
-
-
-def _shown_of(kind: str) -> Task:
-    """`_shown` with questions of one kind, where the scene has any."""
-
-    def document(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-        return chats.lines(subject.seen(rng), of_kind(kind, subject.scene, rng, 8))
-
-    return document
+    """The same about a picture."""
+    return chats.lines(subject.seen(rng), _some(subject.scene, rng, 12))
 
 
 def _strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """`_shown` of things whose colours, or else shapes, have no name."""
     scene, picture = subject.stranger()
-    return chats.lines(picture, some(scene, rng, 12))
+    return chats.lines(picture, _some(scene, rng, 12))
 
 
 def _strange_questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """`_strange` as a chat."""
+    """The same as a chat."""
     scene, picture = subject.stranger()
-    return chats.answers(picture, some(scene, rng, 8))
+    return chats.answers(picture, _some(scene, rng, 8))
 
 
 def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -194,6 +190,16 @@ def _pair(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     if rng.random() < 0.5:
         parts.reverse()
     return chats.plain("\n".join(parts), [subject.drawing()])
+
+
+def _told_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """`_told` with what is learned last: how things lie to each other, where they do."""
+    return chats.lines(inventory(subject.scene), _relations(subject.scene, rng, 8))
+
+
+def _shown_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """The same about a picture."""
+    return chats.lines(subject.seen(rng), _relations(subject.scene, rng, 8))
 
 
 def _caption(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
@@ -208,31 +214,30 @@ def _inventory(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Docu
 
 
 def _questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return chats.answers(subject.seen(rng), some(subject.scene, rng, 8))
+    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 8))
 
 
 def _one_question(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return chats.answers(subject.seen(rng), some(subject.scene, rng, 1))
+    return chats.answers(subject.seen(rng), _some(subject.scene, rng, 1))
 
 
 def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return chats.answers(subject.seen(rng), of_kind("relation", subject.scene, rng, 6))
+    return chats.answers(subject.seen(rng), _relations(subject.scene, rng, 6))
 
 
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    return drawing(chats, prompt(subject.scene, rng, in_order=True).text, subject.answer())
+    return drawing(chats, prompt(subject.scene, rng).text, subject.answer())
 
 
 def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """`_draw` with every place told: which words a code hangs on is then never a guess."""
+    """The same when every place is told: which words a code hangs on is then never a guess."""
     return drawing(chats, full_request(subject.scene, rng), subject.answer())
 
 
 def _draw_strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     """A request for things of which either the shape or the colour alone is told."""
     scene, picture = subject.strange_answer()
-    exactly = rng.random() < 0.5
-    wanted = full_request(scene, rng) if exactly else prompt(scene, rng, in_order=True).text
+    wanted = full_request(scene, rng) if rng.random() < 0.5 else prompt(scene, rng).text
     return drawing(chats, wanted, picture)
 
 
@@ -241,27 +246,26 @@ def drawing(chats: ChatBuilder, request: str, picture: CodedPicture) -> Document
     return chats.chat([("user", request), ("assistant", chats.image)], [picture])
 
 
-# Tasks for which most pictures show too little to look up or to compare: how often they get the
-# more crowded one of two.
-CROWDED: Mapping[str, float] = {
-    "told": 1.0,
-    "told colours": 1.0,
-    "told places": 1.0,
-    "told relations": 1.0,
-    "shown relations": 0.5,
-    "relation questions": 0.5,
-}
+def _some(scene: Scene, rng: random.Random, most: int) -> list[Question]:
+    known = list(dict.fromkeys((*questions(scene, rng), *questions(scene, rng))))
+    return rng.sample(known, min(most, len(known)))
+
+
+def _relations(scene: Scene, rng: random.Random, most: int) -> list[Question]:
+    """Questions about relations as far as the scene has any, else any questions."""
+    known = [question for _ in range(most) for question in questions(scene, rng)]
+    related = [question for question in known if question.kind == "relation"]
+    return list(dict.fromkeys(related or known))[:most]
+
+
 TASKS: Mapping[str, Task] = {
     "text": _text,
-    "told": told,
+    "told": _told,
     "shown": _shown,
     "strange": _strange,
     "strange questions": _strange_questions,
-    "told colours": told_of("colour"),
-    "told places": told_of("location"),
-    "told relations": told_of("relation"),
-    "shown colours": _shown_of("colour"),
-    "shown relations": _shown_of("relation"),
+    "told relations": _told_relations,
+    "shown relations": _shown_relations,
     "pair": _pair,
     "caption": _caption,
     "inventory": _inventory,

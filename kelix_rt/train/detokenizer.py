@@ -44,6 +44,7 @@ STAGES = ("1", "2")
 # Stage of the language model that each stage reads: the first one need not wait for the last. What
 # the change of states costs was measured (docs/kelix-tiny.md).
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
+WEIGHED = "2"  # the stage whose loss weighs places by what lies there
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.
 SHARES, ANSWERS = (0.3, 0.5, 0.2), 1
@@ -93,13 +94,13 @@ def flow_loss(
     condition: Tensor,
     mask: Tensor,
     dropout: float,
-    weights: Tensor,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Weighted mean of the squared error of the velocity (noise - clean) at random noise levels.
+    """Mean squared error of the velocity (noise - clean) at random noise levels.
 
     clean: [B, C, h, w] latents. dropout: share of samples that see the stored unconditional rows
     instead of their connected condition, as many as the condition has. weights: float32 [B, h, w]
-    of the places of samples with a condition (`place_weights`).
+    of the places of samples with a condition, None: all alike.
     """
     batch, device = len(clean), clean.device
     sigma, time = noise_levels(batch, device)
@@ -119,6 +120,8 @@ def flow_loss(
     noisy, wanted = (1 - level) * clean + level * noise, noise - clean
     velocity = dit.forward_cached(noisy[order], dit.prepare_modulation(time[order]), cache)
     errors = (velocity.float() - wanted[order].float()).square().mean(1)
+    if weights is None:
+        return {"loss": errors.mean()}
     weights = weights[order]
     weights[kept:] = 1  # without a condition they would pull towards what weighs much
     return {"loss": (weights * errors).sum() / weights.sum()}
@@ -198,7 +201,7 @@ class DetokenizerTrainer:
             alone = self.pictures.stranger if kind else self.pictures.drawing
             return self.chats.plain(self.chats.image, [alone(index)])
         rng = random.Random(f"kelix detokenizer {self.recipe.seed} {index}")
-        request = prompt(scene_of(index, self.recipe.seed), rng, in_order=True)
+        request = prompt(scene_of(index, self.recipe.seed), rng)
         return drawing(self.chats, request.text, self.pictures.answer(index))
 
     def _places(self) -> Tensor:
@@ -233,10 +236,11 @@ class DetokenizerTrainer:
             places = self._places().to(dit.device)
             look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
         dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
+        weighed = {"weights": WEIGHTS} if name == WEIGHED else {}
 
         def loss_fn(step: int) -> dict[str, Tensor]:
             indices = self.indices(name, step)
-            own = weights()[torch.tensor(indices) % self.pictures.count]
+            own = weights()[torch.tensor(indices) % self.pictures.count] if weighed else None
             return flow_loss(dit, *self.targets(read(), indices), dropout, own)
 
         return run_stage(
@@ -252,9 +256,7 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             dtype=torch.bfloat16,
-            config=self.recipe.facts(
-                pictures=self.recipe.pictures, batch=stage.batch, weights=WEIGHTS
-            ),
+            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, **weighed),
             on_log=lambda step: self._show(read(), name, step),
             **options,
         )

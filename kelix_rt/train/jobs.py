@@ -39,15 +39,15 @@ class Job:
 
 def _jobs() -> tuple[Job, ...]:
     """What is wanted first stands first; a job stands behind those it is after."""
-    words, split = len(language.WORDS), language.STAGES.index(READS["1"]) + 1
+    split = language.STAGES.index(READS["1"]) + 1
     tokenizer = Job("tokenizer")
-    told = Job("language", language.STAGES[:words])
+    words = Job("language", language.STAGES[:1])
     autoencoder = Job("autoencoder")
-    seeing = Job("language", language.STAGES[words:split], after=(tokenizer, told))
+    seeing = Job("language", language.STAGES[1:split], after=(tokenizer, words))
     rest = Job("language", language.STAGES[split:], after=(seeing,))
     painting = Job("detokenizer", ("1",), after=(seeing, autoencoder))
     last = Job("detokenizer", ("2",), after=(rest, painting), alone=True)
-    return tokenizer, told, autoencoder, seeing, rest, painting, last
+    return tokenizer, words, autoencoder, seeing, rest, painting, last
 
 
 JOBS = _jobs()

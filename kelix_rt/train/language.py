@@ -1,11 +1,10 @@
 """Kelix-LLM: next-block prediction through the stages of the report.
 
-Two stages in words alone, the second of them for places and relations, stand in for the pretrained
-Qwen3 of the report. Then: 1 aligns the visual codes (backbone layers and text embedding frozen; a
-linear aligner maps the tokenizer's fused embedding to the model's width); the aligned rows and the
-text rows become one table; 2.1 pictures and text interleaved, all parameters; 2.2 all tasks; 3
-annealing; 4 fine-tuning on single tasks. Of questions only the answers count, in every stage; a
-picture beside its caption counts whole.
+A text warm-up stands in for the pretrained Qwen3 of the report. Then: 1 aligns the visual codes
+(backbone layers and text embedding frozen; a linear aligner maps the tokenizer's fused embedding
+to the model's width); the aligned rows and the text rows become one table; 2.1 pictures and text
+interleaved, all parameters; 2.2 all tasks; 3 annealing; 4 fine-tuning on single tasks. Of questions
+only the answers count, in every stage; a picture beside its caption counts whole.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from torch.nn import functional as F
 
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
-from kelix_rt.train.chats import CROWDED, TASKS, ChatBuilder, Document
+from kelix_rt.train.chats import TASKS, ChatBuilder, Document
 from kelix_rt.train.language_start import EMBEDDING_STD
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, Subject, scene_of
 from kelix_rt.train.recipe import Recipe, Stage
 from kelix_rt.train.states import load_modules
 
-STAGES = ("warmup", "places", "1", "2.1", "2.2", "3", "4")
-WORDS = ("warmup", "places")  # the stages without pictures
+STAGES = ("warmup", "1", "2.1", "2.2", "3", "4")
+WORDS = "warmup"  # the stage without pictures
 ALIGNED = "1"  # the stage with an aligner instead of visual rows in the table
 
 
@@ -151,8 +150,8 @@ def fused_rows(tokenizer: VisionTokenizer) -> Tensor:
 class LanguageTrainer:
     """Everything the stages of the language model need. out: where their checkpoints go.
 
-    tokenizer, pictures: called by stages with pictures; pictures once per document, so it must keep
-    what it made.
+    tokenizer, pictures: called by stages with pictures, which the warm-up is not; pictures once per
+    document, so it must keep what it made.
     """
 
     model: KelixLM
@@ -182,22 +181,14 @@ class LanguageTrainer:
         found: list[Document] = []
         while sum(len(document.ids) for document in found) < stage.batch:
             index = rng.randrange(self.recipe.pictures)
-            task = rng.choices(tasks, weights)[0]
-            if rng.random() < CROWDED.get(task, 0.0):
-                index = max(index, rng.randrange(self.recipe.pictures), key=self._crowd)
             subject = Subject(scene_of(index, self.recipe.seed), self.pictures, index)
-            found.append(TASKS[task](self.chats, subject, rng))
+            found.append(TASKS[rng.choices(tasks, weights)[0]](self.chats, subject, rng))
         return found
-
-    def _crowd(self, index: int) -> int:
-        """How many different things, a word among them, picture `index` shows."""
-        scene = scene_of(index, self.recipe.seed)
-        return len(scene.groups()) + (scene.word is not None)
 
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, model = self.recipe.language[name], self.model
         self._start_from(name)
-        if name not in WORDS:
+        if name != WORDS:
             self.pictures()  # made before the loop, whose precision is not theirs
         modules: dict[str, nn.Module] = {"model": model}
         aligner = None

@@ -84,7 +84,7 @@ def caption_question(rng: random.Random) -> str:
 
 def inventory(scene: Scene) -> str:
     """All that is settled: how many objects, then every one by rows, the word, the background."""
-    things = sorted(scene.things, key=_reading_order)
+    things = sorted(scene.things, key=lambda thing: CELLS.index(thing.cell))
     parts = [f"{a(_noun(thing, sized=True))} in the {thing.cell}" for thing in things]
     if scene.word is not None:
         parts.append(f"the word {scene.word} {_band_place(scene.band)}")
@@ -103,22 +103,18 @@ def full_request(scene: Scene, rng: random.Random) -> str:
     return fill(rng.choice(REQUESTS), inventory(scene).removesuffix("."), rng)
 
 
-def prompt(scene: Scene, rng: random.Random, in_order: bool = False) -> Prompt:
-    """A drawing request in varied wording. It always states the objects and their relation.
-
-    in_order: lists objects as they lie, row by row. Training asks so for what it then shows: which
-    of four objects comes first is not left to chance, and the painter follows the request's order.
-    """
-    told = description(scene, rng, in_order)
+def prompt(scene: Scene, rng: random.Random) -> Prompt:
+    """A drawing request in varied wording. It always states the objects and their relation."""
+    told = description(scene, rng)
     return Prompt(fill(rng.choice(REQUESTS), told.text, rng), told.states)
 
 
-def description(scene: Scene, rng: random.Random, in_order: bool = False) -> Prompt:
-    """A noun phrase for the scene, and what it states; in_order as in `prompt`."""
+def description(scene: Scene, rng: random.Random) -> Prompt:
+    """A noun phrase for the scene, and what it states."""
     states = {"word"} if scene.word is not None else set()
     if not scene.things:
         states.add("count")
-    phrase = _things_phrase(scene, rng, states, in_order)
+    phrase = _things_phrase(scene, rng, states)
     if scene.word is not None:
         phrase = _with_word(phrase, scene, rng)
     # The background is told more often than not; else the painter is free.
@@ -157,7 +153,7 @@ def fill(template: str, phrase: str, rng: random.Random) -> str:
     return text.replace("a image", "an image")
 
 
-def _things_phrase(scene: Scene, rng: random.Random, states: set[str], in_order: bool) -> str:
+def _things_phrase(scene: Scene, rng: random.Random, states: set[str]) -> str:
     if not scene.things:
         return ""
     states |= {"shape", "colour", "object", "count"}
@@ -172,17 +168,11 @@ def _things_phrase(scene: Scene, rng: random.Random, states: set[str], in_order:
         return _relation_phrase(*relations[0], sized, rng)
     groups = list(scene.groups().values())
     rng.shuffle(groups)
-    if in_order:
-        groups.sort(key=lambda group: min(map(_reading_order, group)))
     phrase = listed([counted(len(group), _noun(group[0], sized)) for group in groups])
     if len(scene.things) == 1 and rng.random() < 0.5:
         states.add("location")
         phrase = f"{phrase} {_place(scene.things[0].cell, rng)}"
     return phrase
-
-
-def _reading_order(thing: Thing) -> int:
-    return CELLS.index(thing.cell)
 
 
 def _relation_phrase(

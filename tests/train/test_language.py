@@ -14,7 +14,6 @@ from kelix_rt.errors import ConfigError
 from kelix_rt.train.chats import Document
 from kelix_rt.train.language import (
     STAGES,
-    WORDS,
     Aligner,
     NextBlockLoss,
     fused_rows,
@@ -22,7 +21,6 @@ from kelix_rt.train.language import (
     slot_weights,
 )
 from kelix_rt.train.loop import StageResult
-from kelix_rt.train.recipe import Stage
 from kelix_rt.train.states import load_modules
 from tests.train import tiny
 
@@ -129,7 +127,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     for name in STAGES:
         trainer.run([name], **QUIET)
         states.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
-    warm, aligned, interleaved = states[1:4]
+    warm, aligned, interleaved = states[:3]
     changed = {name for name in warm if not torch.equal(warm[name], aligned[name])}
     assert all(name.startswith("block_decoder") or name in ("head", "backbone.norm")
                for name in changed)  # fmt: skip
@@ -145,12 +143,12 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
 
 def test_stages_resume(tmp_path: Path) -> None:
     whole, broken = tiny.trainer(tmp_path / "a"), tiny.trainer(tmp_path / "b")
-    whole.run([*WORDS, "1"], **QUIET)
+    whole.run(["warmup", "1"], **QUIET)
 
     def cut(step: int) -> None:
         raise KeyboardInterrupt
 
-    broken.run(WORDS, **QUIET)
+    broken.run(["warmup"], **QUIET)
     with pytest.raises(KeyboardInterrupt):
         # The first logged step stops it, before the second checkpoint.
         broken.run(["1"], log_every=2, save_every_seconds=0.0, on_log=cut)
@@ -165,38 +163,18 @@ def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
         tiny.trainer(tmp_path).run(["2.2"])
 
 
-def test_stages_in_words_need_no_pictures(tmp_path: Path) -> None:
+def test_the_warm_up_has_no_pictures(tmp_path: Path) -> None:
     def absent() -> Any:
         raise AssertionError("nothing has codes yet")
 
     trainer = replace(tiny.trainer(tmp_path), tokenizer=absent, pictures=absent)
-    assert trainer.run(WORDS, **QUIET).steps == 2
-
-
-def test_what_is_hard_in_a_crowd_is_shown_crowds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = replace(tiny.trainer(tmp_path), recipe=tiny.replaced(pictures=1000))
-    seen: dict[str, list[int]] = {"told": [], "relation questions": [], "questions": []}
-
-    def task(name: str) -> Any:
-        def document(chats: Any, subject: Any, rng: Any) -> Document:
-            seen[name].append(len(subject.scene.groups()) + (subject.scene.word is not None))
-            return documents()[0]
-
-        return document
-
-    monkeypatch.setattr("kelix_rt.train.language.TASKS", {name: task(name) for name in seen})
-    trainer.documents(Stage(1, 1e-3, 1, 20_000, dict.fromkeys(seen, 1.0)), "3", 0)
-    share = {name: sum(n > 2 for n in found) / len(found) for name, found in seen.items()}
-    assert share["told"] > 1.6 * share["questions"] > 0
-    assert share["relation questions"] > 1.2 * share["questions"]
+    assert trainer.run(["warmup"], **QUIET).steps == 2
 
 
 def test_pictures_are_made_before_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the loop products have bfloat16 factors where that is fast: other codes would come out."""
     trainer = tiny.trainer(tmp_path)
-    trainer.run([*WORDS, "1", "2.1"], **QUIET)
+    trainer.run(["warmup", "1", "2.1"], **QUIET)
     asked: list[str] = []
     watched = replace(trainer, pictures=lambda: asked.append("") or trainer.pictures())
 

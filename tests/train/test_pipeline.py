@@ -136,4 +136,4 @@ def test_commands(run: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[s
         patch.setattr("sys.argv", monkey)
         with pytest.raises(SystemExit):
             commands.main()
-    assert "--stage of language must be one of warmup, places, 1" in capsys.readouterr().err
+    assert "--stage of language must be one of warmup, 1, 2.1" in capsys.readouterr().err

@@ -28,7 +28,6 @@ RECIPE: Recipe = replace(
     pictures=3,
     language={
         "warmup": replace(STAGE, tasks={"told": 1.0, "text": 1.0}),
-        "places": replace(STAGE, tasks={"told places": 1.0, "told relations": 1.0}),
         "1": replace(STAGE, tasks={"pair": 1.0}),
         "2.1": replace(STAGE, tasks={"pair": 1.0}),
         "2.2": STAGE,
