@@ -106,12 +106,6 @@ class PagedKV:
         k = torch.empty(shape, dtype=dtype, device=device)
         return cls(k, torch.empty_like(k))
 
-    @staticmethod
-    def page_bytes(config: QwenConfig, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes over all layers, keys and values together."""
-        per_position = config.num_layers * config.num_kv_heads * config.head_dim
-        return 2 * per_position * page_size * dtype.itemsize
-
     @property
     def num_pages(self) -> int:
         """Pages of the cache."""

@@ -119,9 +119,9 @@ class TextTokenizer:
         except TemplateError as error:
             raise InputError(f"messages: the chat template rejects them: {error}") from error
 
-    def stream(self, markers: tuple[int, int] | None = None) -> StreamDecoder:
+    def stream(self) -> StreamDecoder:
         """A fresh decoder for one request; see `StreamDecoder`."""
-        return StreamDecoder(self, markers)
+        return StreamDecoder(self)
 
     def _decode(self, ids: list[int]) -> str:
         return str(
@@ -136,25 +136,18 @@ class StreamDecoder:
 
     A character whose bytes are spread over several tokens is held back until it is complete, so
     the pieces never hold half a character and join up to the text of all ids. Special tokens and
-    image codes give no text. markers: (start, end) ids of position markers; the coordinates
-    between them are no text either.
+    image codes give no text.
     """
 
-    def __init__(self, text: TextTokenizer, markers: tuple[int, int] | None = None) -> None:
+    def __init__(self, text: TextTokenizer) -> None:
         self._text = text
-        self._markers = markers
-        self._in_marker = False
         self._context: list[int] = []  # decoded already; tokenizers may look at what is in front
         self._pending: list[int] = []
         self._given = 0  # characters of the pending ids' text that were handed out
 
     def push(self, id_: int) -> str:
         """Take the next block's first id; return the new text, which may be empty."""
-        is_marker = self._markers is not None and id_ in self._markers
-        if is_marker or not self._text.is_text(id_):
-            self._in_marker = self._markers is not None and id_ == self._markers[0]
-            return ""
-        if self._in_marker:
+        if not self._text.is_text(id_):
             return ""
         self._pending.append(id_)
         new = self._new_text()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kelix_rt.config import QwenConfig
 from kelix_rt.errors import InputError
+from kelix_rt.memory import kv_bytes_per_block
 from kelix_rt.models.backbone import PagedKV, StepContext, rope_table
 from kelix_rt.models.language_model import KelixLM
 from tests.models import toy_llm as toy
@@ -143,11 +144,11 @@ def test_rope_table_uses_rope_base() -> None:
     torch.testing.assert_close(table[49], want, atol=1e-5, rtol=0)
 
 
-def test_page_bytes_are_what_a_page_takes(lm: KelixLM) -> None:
-    config = lm.config.qwen_config
-    kv = PagedKV.allocate(config, 5, 4, dtype=torch.bfloat16)
+def test_the_ledger_books_what_a_page_takes(lm: KelixLM) -> None:
+    kv = PagedKV.allocate(lm.config.qwen_config, 5, 4, dtype=torch.bfloat16)
     assert (kv.num_pages, kv.page_size) == (5, 4)
-    assert PagedKV.page_bytes(config, 4, torch.bfloat16) * 5 == kv.k.nbytes + kv.v.nbytes
+    booked = kv_bytes_per_block(lm.config, torch.bfloat16)
+    assert booked * 5 * 4 == kv.k.nbytes + kv.v.nbytes
 
 
 def test_a_prompt_beyond_max_seq_len_is_refused(lm: KelixLM) -> None:

@@ -15,8 +15,8 @@ TINY = Path(__file__).parents[1] / "golden" / "llm" / "tiny_a"
 TEXT = TextTokenizer.from_pretrained(TINY, vocab_size=640)
 
 
-def streamed(ids: list[int], markers: tuple[int, int] | None = None) -> list[str]:
-    stream = TEXT.stream(markers)
+def streamed(ids: list[int]) -> list[str]:
+    stream = TEXT.stream()
     return [*(stream.push(id_) for id_ in ids), stream.finish()]
 
 
@@ -84,17 +84,6 @@ def test_any_ids_stream_to_their_decoding(ids: list[int]) -> None:
 def test_special_tokens_and_codes_do_not_part_a_character() -> None:
     first, *rest = TEXT.encode("é")
     assert "".join(streamed([first, 359, 700, *rest])) == "é"
-
-
-def test_marker_coordinates_are_no_text() -> None:
-    one, two, hi = (TEXT.encode(text) for text in ("1,18", "2,18", "Hello"))
-    ids = [*hi, 356, 386, *one, 387, 700, 386, *two, 387, 701, 357, *hi]
-    assert "".join(streamed(ids, markers=(386, 387))) == "HelloHello"
-    assert "".join(streamed(ids)) == "Hello1,182,18Hello"
-    digit = TEXT.encode("1")[0]  # markers need not be special tokens
-    assert "".join(streamed([digit, *two, 387, *hi], markers=(digit, 387))) == "Hello"
-    unfinished = [386, *one, 700, *hi]  # an image code ends a marker too
-    assert "".join(streamed(unfinished, markers=(386, 387))) == "Hello"
 
 
 def test_directories_without_a_tokenizer_are_named(tmp_path: Path) -> None:
