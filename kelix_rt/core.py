@@ -95,11 +95,9 @@ class EngineCore(Calls):
         """The checked request; changes nothing."""
         _check_type("sampling", sampling, SamplingParams)
         _check_type("render", render, RenderParams)
-        prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
         if render is not None:
             render = self.runner.render_stage().sized(render)
-            prompt = drawing_prompt(prompt, self.config)
-        rows, placed = prompt_rows(prompt, self.config, self.runner.model.expand)
+        prompt, rows, placed = self._read(prompt, draw=render is not None)
         sampling = sampling or (SamplingParams() if render is None else GREEDY_DRAWING)
         ends = end_rules(
             len(rows),
@@ -119,9 +117,7 @@ class EngineCore(Calls):
         """Queues the drawing of an image whose blocks [n, N+1] are known, see
         `Runner.image_blocks`; errors as add_request."""
         render = self.runner.render_stage().sized(render)
-        prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
-        prompt = drawing_prompt(prompt, self.config)
-        rows, placed = prompt_rows(prompt, self.config, self.runner.model.expand)
+        prompt, rows, placed = self._read(prompt, draw=True)
         longest = min(self.options.max_condition_length - 1, self.max_positions - len(rows))
         if len(blocks) > longest:
             raise InputError(
@@ -134,6 +130,15 @@ class EngineCore(Calls):
         sequence.force(blocks)
         self._counter += 1
         return self.submit(sequence)
+
+    def _read(
+        self, prompt: Prompt | Items[int] | np.ndarray | Tensor, *, draw: bool
+    ) -> tuple[Prompt, np.ndarray, np.ndarray]:
+        """The checked prompt, and what `prompt_rows` makes of it."""
+        prompt = patch_tensors(prompt if isinstance(prompt, Prompt) else Prompt(prompt))
+        if draw:
+            prompt = drawing_prompt(prompt, self.config)
+        return prompt, *prompt_rows(prompt, self.config, self.runner.model.expand)
 
     def _place_images(self, sequence: Sequence, prompt: Prompt, placed: np.ndarray) -> None:
         """Says which rows stand for images, and which images are still to be encoded."""

@@ -245,6 +245,15 @@ def test_an_abort_while_a_picture_is_made(drawing: Any) -> None:
     assert_idle(engine)
 
 
+def assert_fails_alone(engine: Engine, number: int, reason: str) -> None:
+    other = engine.add_request([5, 6], SAMPLING)
+    failed, fine = engine.run_to_end([number, other])
+    assert isinstance(failed, RequestFailed)
+    assert reason in str(failed.error)
+    assert isinstance(fine, RequestDone)
+    assert_idle(engine)
+
+
 def test_a_picture_that_fails_fails_its_drawing_alone(
     drawing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,12 +263,7 @@ def test_a_picture_that_fails_fails_its_drawing_alone(
         raise MemoryError("no room for a picture")
 
     monkeypatch.setattr("kelix_rt.runner.to_picture", broken)
-    other = engine.add_request([5, 6], SAMPLING)
-    failed, fine = engine.run_to_end([number, other])
-    assert isinstance(failed, RequestFailed)
-    assert "no room" in str(failed.error)
-    assert isinstance(fine, RequestDone)
-    assert_idle(engine)
+    assert_fails_alone(engine, number, "no room")
 
 
 def test_what_is_painted_must_be_numbers(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +275,4 @@ def test_what_is_painted_must_be_numbers(drawing: Any, monkeypatch: pytest.Monke
         return torch.full_like(latent, math.inf)
 
     monkeypatch.setattr(engine.runner.render.denoiser, "evaluate", overflowing)
-    other = engine.add_request([5, 6], SAMPLING)
-    failed, fine = engine.run_to_end([number, other])
-    assert isinstance(failed, RequestFailed)
-    assert "the painted pixels are not finite" in str(failed.error)
-    assert isinstance(fine, RequestDone)
-    assert_idle(engine)
+    assert_fails_alone(engine, number, "the painted pixels are not finite")
