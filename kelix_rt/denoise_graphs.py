@@ -61,6 +61,7 @@ class _Inputs:
         """Copies the conditions of a batch here, unless they are here already."""
         if self._condition is not None and self._condition() is cache:
             return
+        self._condition = None  # until all is copied
         rows, length = cache.batch, cache.keys[0].shape[2]
         for own, given in ((self.keys, cache.keys), (self.values, cache.values)):
             for target, source in zip(own, given, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import torch
@@ -41,6 +41,12 @@ class GraphCounts:
         self.misses += other.misses
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all recorders: cuBLAS keeps a workspace for every stream it was called on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """Records work as CUDA graphs, which share one memory pool and are never run together.
 
@@ -49,7 +55,7 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], object]) -> Captured:

@@ -118,9 +118,14 @@ class LoadedEngine(EngineCore):
         then sleeps on.
         """
         if self._offloaded is not None:
-            self._offloaded.restore()
             assert self._runner is not None
-            self._runner.capture_graphs()
+            try:
+                self._offloaded.restore()
+                self._runner.capture_graphs()
+            except BaseException:
+                self._runner.forget_graphs()  # they know addresses that are given back now
+                self._offloaded.free()
+                raise
             self._offloaded = None
         elif self._runner is None:
             self._load_again()

@@ -13,7 +13,8 @@ class Offloaded:
 
     Tensors stay the objects they are, so modules, views of one another and stages that hold them
     need not know; only their addresses change, and nothing may read them in between. keep: tensors
-    whose values are copied to main memory; drop: those that come back as zeros.
+    whose values are copied to main memory; drop: those that come back as zeros. Values that change
+    after `restore` are not copied again.
     """
 
     def __init__(self, keep: Iterable[Tensor], drop: Iterable[Tensor]) -> None:
@@ -22,6 +23,10 @@ class Offloaded:
         }
         self._dropped = _storages(drop)
         self._sizes = {p: storage.nbytes() for p, storage in self._dropped.items()}
+        self.free()
+
+    def free(self) -> None:
+        """Gives the memory back, also after a `restore` that found too little of it."""
         for storage, _ in self._kept.values():
             storage.resize_(0)
         for storage in self._dropped.values():

@@ -113,15 +113,19 @@ class Runner:
             if graphs is not None and not graphs.is_captured:
                 graphs.capture(recorder)
 
+    def forget_graphs(self) -> None:
+        """Gives the memory of recorded steps back; `capture_graphs` records them again."""
+        for graphs in (self.graphs, self.denoise_graphs):
+            if graphs is not None:
+                graphs.forget()
+
     def offload(self) -> Offloaded:
         """Gives back what weights, cache and graphs take on the device, until `Offloaded.restore`.
 
         Weights are copied to main memory; the content of the KV cache is lost. Graphs know the old
         addresses, so they have to be captured again.
         """
-        for graphs in (self.graphs, self.denoise_graphs):
-            if graphs is not None:
-                graphs.forget()
+        self.forget_graphs()
         modules: list[torch.nn.Module] = [self.model]
         if self.render is not None:
             self.render.denoiser.forget()

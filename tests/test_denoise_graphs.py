@@ -93,6 +93,26 @@ def test_drawings_take_turns(dit: KelixDiT) -> None:
         torch.testing.assert_close(state.latent, expected, atol=2e-5, rtol=1e-5)
 
 
+def test_a_copy_that_was_cut_short_is_not_taken_for_whole(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dit = KelixDiT.from_pretrained(golden / DITS[0])
+    eager, (denoiser, _) = make(dit, None)[0], make(dit)
+    first, second = start(denoiser, 9), start(denoiser, 4)
+    denoiser.step([first])
+
+    def no_memory(values: object, device: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kelix_rt.denoise_graphs.to_device", no_memory)
+        with pytest.raises(RuntimeError, match="no memory"):
+            denoiser.step([second])
+    for _ in range(STEPS - 1):
+        denoiser.step([first])
+    torch.testing.assert_close(first.latent, draw(eager, (9,))[0], atol=2e-5, rtol=1e-5)
+
+
 def test_what_does_not_fit_is_eager_and_counted(dit: KelixDiT) -> None:
     eager, (denoiser, counts) = make(dit, None)[0], make(dit)
     patch = dit.config.patch_size

@@ -210,19 +210,23 @@ def test_waking_records_again_or_sleeps_on(golden: Path, monkeypatch: pytest.Mon
     """As on a GPU, where sleep keeps a copy of the weights and all addresses change."""
     monkeypatch.setattr(EngineConfig, "on_device", lambda self, kind: self)
     monkeypatch.setattr("kelix_rt.runner.CudaRecorder", lambda device: record)
-    engine = load_engine(golden / "llm" / "tiny_a", num_pages=64)
+    parts = {name: golden / "e2e_dit" / name for name in ("dit", "vae")}
+    engine = load_engine(golden / "llm" / "tiny_a", num_pages=64, **parts)
     expected = engine.generate([[1, 2]], SEEDED)[0].blocks
-    engine._offloaded = engine.runner.offload()
+    runner = engine.runner
+    engine._offloaded = runner.offload()
     engine.scheduler.pool.reset_cache()
 
-    def refuse(device: torch.device) -> None:
+    def no_memory(recorder: object) -> None:
         raise RuntimeError("no memory for graphs")
 
-    monkeypatch.setattr("kelix_rt.runner.CudaRecorder", refuse)
-    with pytest.raises(RuntimeError, match="no memory for graphs"):
-        engine.wake()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.denoise_graphs, "capture", no_memory)
+        with pytest.raises(RuntimeError, match="no memory for graphs"):
+            engine.wake()
     assert engine.is_asleep
-    monkeypatch.setattr("kelix_rt.runner.CudaRecorder", lambda device: record)
+    assert not runner.graphs.is_captured, "the next wake moves what these would read"
+    assert runner.kv.k.untyped_storage().nbytes() == 0
     engine.wake()
     before = engine.stats().graph_replays
     np.testing.assert_array_equal(engine.generate([[1, 2]], SEEDED)[0].blocks, expected)

@@ -13,7 +13,7 @@ void find_scales(const LinearAttentionArgs& args, void* stream) {
     using T = decltype(type);
     with_width<T>(args.heads * args.head_dim, {args.qkv}, [&](auto width) {
       launch_kernel(linear_attention_scales_kernel<T, decltype(width)::value>,
-                    static_cast<unsigned>(ctas), kAttentionThreads, 0, stream, args);
+                    static_cast<unsigned>(ctas), kLinearAttentionThreads, 0, stream, args);
     });
   });
 }
@@ -25,16 +25,16 @@ void attend(const LinearAttentionArgs& args, void* stream) {
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     launch_kernel(linear_attention_state_kernel<T>,
-                  static_cast<unsigned>(heads * args.pieces * squares * squares), kAttentionThreads,
-                  0, stream, args);
+                  static_cast<unsigned>(heads * args.pieces * squares * squares),
+                  kLinearAttentionThreads, 0, stream, args);
     launch_kernel(linear_attention_output_kernel<T>, static_cast<unsigned>(heads * tiles * squares),
-                  kAttentionThreads, 0, stream, args);
+                  kLinearAttentionThreads, 0, stream, args);
   });
 }
 
 void attend_bf16(const LinearAttentionArgs& args, void* stream) {
   const auto ctas = static_cast<unsigned>(args.batch * args.heads * args.pieces);
-  launch_kernel(linear_attention_state_bf16_kernel, ctas, kAttentionThreads, 0, stream, args);
+  launch_kernel(linear_attention_state_bf16_kernel, ctas, kLinearAttentionThreads, 0, stream, args);
   launch_kernel(linear_attention_output_bf16_kernel, ctas, kOutputThreads, 0, stream, args);
 }
 

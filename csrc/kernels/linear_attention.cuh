@@ -8,12 +8,12 @@
 
 namespace kelix::cuda {
 
-inline constexpr int kAttentionThreads = 256;
-inline constexpr int kScaleRows = kAttentionThreads / kWarpSize;  // of one CTA
+inline constexpr int kLinearAttentionThreads = 256;
+inline constexpr int kScaleRows = kLinearAttentionThreads / kWarpSize;  // of one CTA
 
 // 1 / RMS of q and of k of every row, over all heads: a warp each.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kLinearAttentionThreads)
     linear_attention_scales_kernel(LinearAttentionArgs args) {
   const int64_t cols = args.heads * args.head_dim;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kScaleRows + threadIdx.x / kWarpSize;
@@ -39,7 +39,7 @@ __device__ __forceinline__ float feature(float v, float scale, float weight) {
 }
 
 inline constexpr int kTile = 32;  // tokens and channels of a shared tile
-inline constexpr int kPerThread = kTile * kTile / kAttentionThreads;
+inline constexpr int kPerThread = kTile * kTile / kLinearAttentionThreads;
 static_assert(kStatePad == kTile && kStateTokens % kTile == 0);
 
 // Element (token, c) of q (part 0), k (1) or v (2) of a head: q and k normed and rectified; zero
@@ -64,7 +64,7 @@ __device__ void load_head_tile(const LinearAttentionArgs& args, int part, int64_
                                int64_t head, int64_t token, int64_t channel,
                                float (&tile)[kTile][kTile + 1]) {
   const int column = threadIdx.x % kTile;
-  for (int row = threadIdx.x / kTile; row < kTile; row += kAttentionThreads / kTile) {
+  for (int row = threadIdx.x / kTile; row < kTile; row += kLinearAttentionThreads / kTile) {
     tile[row][column] = head_element<T>(args, part, batch, head, token + row, channel + column);
   }
 }
@@ -72,7 +72,7 @@ __device__ void load_head_tile(const LinearAttentionArgs& args, int part, int64_
 // A CTA sums one kTile x kTile square of one head's state over one piece's tokens; the squares of
 // the first column also sum the keys.
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kLinearAttentionThreads)
     linear_attention_state_kernel(LinearAttentionArgs args) {
   KELIX_SHARED(float, k, [kTile][kTile + 1]);
   KELIX_SHARED(float, v, [kTile][kTile + 1]);
@@ -118,7 +118,7 @@ __device__ __forceinline__ float state_element(const LinearAttentionArgs& args, 
 
 // A CTA computes kTile tokens by kTile channels of one head.
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kLinearAttentionThreads)
     linear_attention_output_kernel(LinearAttentionArgs args) {
   KELIX_SHARED(float, q, [kTile][kTile + 1]);
   KELIX_SHARED(float, state_tile, [kTile][kTile + 1]);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int64_t channel = 0; channel < stride; channel += kTile) {
     __syncthreads();  // the tiles of the turn before are read
     load_head_tile<T>(args, 0, batch, head % args.heads, token, channel, q);
-    for (int i = threadIdx.x / kTile; i < kTile; i += kAttentionThreads / kTile) {
+    for (int i = threadIdx.x / kTile; i < kTile; i += kLinearAttentionThreads / kTile) {
       state_tile[i][j] = state_element(args, head, (channel + i) * stride + column + j);
     }
     if (threadIdx.x < kTile) key_sum[j] = state_element(args, head, stride * stride + channel + j);

@@ -8,7 +8,7 @@ namespace kelix::cuda {
 inline constexpr int kStateChannels = 4;  // of a lane
 inline constexpr int kStateLoads = 8;
 inline constexpr int kStateWarpTokens = 4 * kStateLoads;
-inline constexpr int kStateWarps = kAttentionThreads / kWarpSize;
+inline constexpr int kStateWarps = kLinearAttentionThreads / kWarpSize;
 static_assert(kStateWarps * kStateWarpTokens == kStateTokens);
 
 // k and v of a lane's tokens, zero past the last one.
@@ -87,7 +87,7 @@ struct StateSums {
   }
 };
 
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kLinearAttentionThreads)
     linear_attention_state_bf16_kernel(LinearAttentionArgs args) {
   KELIX_SHARED(float, partial, [kStateWarps][kHeadFloats]);
   const HeadPiece at(args);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   __syncthreads();
   float* state = args.states +
                  ((at.batch * args.heads + at.head) * args.pieces + at.piece) * args.state_floats;
-  for (int i = threadIdx.x; i < kHeadFloats; i += kAttentionThreads) {
+  for (int i = threadIdx.x; i < kHeadFloats; i += kLinearAttentionThreads) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kStateWarps; ++w) sum += partial[w][i];
