@@ -1,4 +1,5 @@
-"""Steps of kelix-tiny's training: bfloat16 products against float32 and against autocast.
+"""Steps of kelix-tiny's training: bfloat16 products against float32 and against autocast; memory
+that stays with the process against memory that goes back to the system.
 
 A step of the language model (512 positions, 130 of them visual and predicted) computes 11.5 GFLOP
 of products, one of the DiT (16 pictures) 24; about half of a float32 step is products, so no
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.compare import Comparison, Machine
 from kelix_rt.testing import randn
+from kelix_rt.train.allocator import keep_freed_memory
 from kelix_rt.train.detokenizer import flow_loss
 from kelix_rt.train.detokenizer_start import new_dit
 from kelix_rt.train.language import Batch, NextBlockLoss
@@ -27,7 +29,9 @@ from kelix_rt.train.recipe import Sizes, dit_config, language_config
 
 LENGTHS, VISUAL = [128] * 4, 130
 PICTURES = 16
+GLIBC_THRESHOLD = 128 * 1024
 Context = Callable[[], AbstractContextManager[Any]]
+Made = Callable[[str], tuple[nn.Module, Callable[[], Tensor]]]
 
 
 def language_loss(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -56,24 +60,27 @@ def dit_loss(device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     return dit, lambda: flow_loss(dit, clean, condition, mask, dropout=0.1)["loss"]
 
 
-@pytest.mark.parametrize("made", [language_loss, dit_loss], ids=["language", "dit"])
-def test_a_training_step(
-    compare: Comparison,
-    machine: Machine,
-    made: Callable[[str], tuple[nn.Module, Callable[[], Tensor]]],
+def training_step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, products: Context = nullcontext
 ) -> None:
+    """As `kelix_rt.train.loop` makes one, without its checks."""
+    with products():
+        value = loss()
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    optimizer.step()
+
+
+made = pytest.mark.parametrize("made", [language_loss, dit_loss], ids=["language", "dit"])
+
+
+@made
+def test_products_of_a_step(compare: Comparison, machine: Machine, made: Made) -> None:
     if not are_fast(machine.device):
         pytest.skip("the device has no bfloat16 products in hardware")
     module, loss = made(machine.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-
-    def step(products: Context) -> None:
-        with products():
-            value = loss()
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-
+    step = partial(training_step, loss, optimizer)
     autocast = partial(torch.autocast, machine.device, torch.bfloat16)
     ratios = compare(
         partial(step, Bfloat16Products),
@@ -81,3 +88,20 @@ def test_a_training_step(
         graph=False,
     )
     assert ratios["float32"] > 1
+
+
+@made
+def test_memory_of_a_step(compare: Comparison, machine: Machine, made: Made) -> None:
+    if machine.on_gpu:
+        pytest.skip("a GPU's memory is torch's own")
+    module, loss = made(machine.device)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def step(largest: int) -> None:
+        if not keep_freed_memory(largest):
+            pytest.skip("malloc is not glibc's")
+        training_step(loss, optimizer)
+
+    compare(
+        partial(step, 2**30), {"freed_to_the_system": partial(step, GLIBC_THRESHOLD)}, graph=False
+    )

@@ -13,6 +13,7 @@ from rich.console import Console
 from kelix_rt.devices import choose_device
 from kelix_rt.errors import ConfigError, KelixError
 from kelix_rt.train.ablations import show as show_ablations
+from kelix_rt.train.allocator import keep_freed_memory
 from kelix_rt.train.evaluate import Amounts, show
 from kelix_rt.train.jobs import JOBS, run_jobs
 from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
@@ -37,6 +38,7 @@ def pipeline(out: Path, device: str, budget: float, seed: int, threads: int) -> 
     """The run that the options describe: the recipe of the device, scaled."""
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()
     target = choose_device(device)
     if target.type == "cuda":
         torch.set_float32_matmul_precision("high")
