@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare import Comparison, Machine
+from kelix_rt.models.products import are_native
 from kelix_rt.testing import randn
 from kelix_rt.train.allocator import keep_freed_memory
 from kelix_rt.train.detokenizer import flow_loss
 from kelix_rt.train.detokenizer_start import new_dit
 from kelix_rt.train.language import Batch, NextBlockLoss
 from kelix_rt.train.language_start import new_language_model
-from kelix_rt.train.products import Bfloat16Products, are_fast
+from kelix_rt.train.products import Bfloat16Products
 from kelix_rt.train.recipe import Sizes, dit_config, language_config
 
 LENGTHS, VISUAL = [128] * 4, 130
@@ -76,7 +77,7 @@ made = pytest.mark.parametrize("made", [language_loss, dit_loss], ids=["language
 
 @made
 def test_products_of_a_step(compare: Comparison, machine: Machine, made: Made) -> None:
-    if not are_fast(machine.device):
+    if not are_native(torch.bfloat16, machine.device):
         pytest.skip("the device has no bfloat16 products in hardware")
     module, loss = made(machine.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)

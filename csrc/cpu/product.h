@@ -32,51 +32,52 @@ constexpr int64_t kAheadBytes = 16384;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
-inline void load_lanes(const float* from, Lanes& to) { std::memcpy(&to, from, sizeof(to)); }
-
-inline void load_lanes(const bf16* from, Lanes& to) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-  Halves halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  std::memcpy(&to, &words, sizeof(to));
+// Values in registers all the way: GCC leaves sums in memory whose loads take a reference to them.
+inline Lanes load_lanes(const float* from) {
+  typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  return *reinterpret_cast<const Loose*>(from);
 }
 
-inline void load_lanes(const f16* from, Lanes& to) {
+inline Lanes load_lanes(const bf16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+  const Halves halves = *reinterpret_cast<const Halves*>(from);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Lanes load_lanes(const f16* from) {
 #if defined(__AVX512F__)
-  const __m512 wide =
-      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  std::memcpy(&to, &wide, sizeof(to));
+  return reinterpret_cast<Lanes>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
-  const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  std::memcpy(&to, &wide, sizeof(to));
+  return reinterpret_cast<Lanes>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
   Lanes wide = {};
   for (int i = 0; i < kLanes; ++i) wide[i] = to_float(from[i]);
-  to = wide;
+  return wide;
 #endif
 }
 
-inline void load_lanes(const int8_t* from, Lanes& to) {
+inline Lanes load_lanes(const int8_t* from) {
   // Intrinsics, as a conversion of vectors goes through single elements.
 #if defined(__AVX512F__)
   const __m512i words =
       _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m512 wide = _mm512_maskz_cvtepi32_ps(0xffff, words);
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtepi32_ps(0xffff, words));
 #elif defined(__AVX2__)
   const __m256i words =
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  const __m256 wide = _mm256_cvtepi32_ps(words);
+  return reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(words));
 #elif defined(__SSE4_1__)
   int32_t bytes;
   std::memcpy(&bytes, from, sizeof(bytes));
-  const __m128 wide = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes)));
+  return reinterpret_cast<Lanes>(_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes))));
 #else
-  float wide[kLanes];
+  Lanes wide = {};
   for (int i = 0; i < kLanes; ++i) wide[i] = from[i];
+  return wide;
 #endif
-  std::memcpy(&to, &wide, sizeof(to));
 }
 
 inline float sum_lanes(const Lanes& v) {
@@ -117,19 +118,23 @@ void linear_tile(const Linear<T>& a, int64_t output, int64_t row) {
   int64_t i = 0;
   for (; i + kLanes <= a.in; i += kLanes) {
     Lanes w[kOutputs];
+#pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) {
       const T* from = weight + o * a.in + i;
-      load_lanes(from, w[o]);
+      w[o] = load_lanes(from);
       // Past the end of the weights this asks for nothing, and never faults.
       __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, 0, 2);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      Lanes v;
-      load_lanes(x + r * a.in + i, v);
+      const Lanes v = load_lanes(x + r * a.in + i);
+#pragma GCC unroll 4
       for (int o = 0; o < kOutputs; ++o) sums[o][r] += w[o] * v;
     }
   }
+#pragma GCC unroll 4
   for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_lanes(sums[o][r]);
       for (int64_t t = i; t < a.in; ++t) sum += to_float(weight[o * a.in + t]) * x[r * a.in + t];

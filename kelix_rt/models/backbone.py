@@ -20,6 +20,7 @@ from kelix_rt.models.layers import (
     needs_grad,
     quantize_linears,
 )
+from kelix_rt.models.products import Linear
 from kelix_rt.models.sequences import PackedLayout, PagedKV, StepContext
 from kelix_rt.ops.attention import normed_rotated
 from kelix_rt.weights import Source
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         rows = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.sizes = tuple(heads * config.head_dim for heads in rows)
-        self.qkv: Projection = nn.Linear(config.embed_dim, sum(self.sizes), bias=False)
-        self.output: Projection = nn.Linear(self.sizes[0], config.embed_dim, bias=False)
+        self.qkv: Projection = Linear(config.embed_dim, sum(self.sizes), bias=False)
+        self.output: Projection = Linear(self.sizes[0], config.embed_dim, bias=False)
         # Each bias has its own flag in the config, so they cannot be one fused vector.
         self.biases = nn.ParameterDict(
             {
@@ -105,8 +106,8 @@ class DecoderLayer(nn.Module):
         self.sa_norm = nn.Parameter(torch.empty(width))
         self.attention = Attention(config)
         self.mlp_norm = nn.Parameter(torch.empty(width))
-        self.gate_up: Projection = nn.Linear(width, 2 * ffn, bias=False)
-        self.down: Projection = nn.Linear(ffn, width, bias=False)
+        self.gate_up: Projection = Linear(width, 2 * ffn, bias=False)
+        self.down: Projection = Linear(ffn, width, bias=False)
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU feed-forward, [T, D] -> [T, D]."""

@@ -27,6 +27,7 @@ from kelix_rt.models.dit_positions import (
     timestep_embedding,
 )
 from kelix_rt.models.dit_weights import UNUSED, check_options, condition_rows, weight_map
+from kelix_rt.models.products import Linear
 from kelix_rt.weights import Checkpoint, OnTensor, load_weights
 
 __all__ = ["KelixDiT", "weight_map"]
@@ -57,21 +58,21 @@ class KelixDiT(nn.Module):
         area = config.patch_size**2
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         with torch.device("meta"):
-            self.x_embedder = nn.Linear(config.in_channels * area, width)
-            self.time_in = nn.Linear(TIME_WIDTH, width)
-            self.time_out = nn.Linear(width, width)
-            self.time_modulation = nn.Linear(width, MODULATIONS * width)
+            self.x_embedder = Linear(config.in_channels * area, width)
+            self.time_in = Linear(TIME_WIDTH, width)
+            self.time_out = Linear(width, width)
+            self.time_modulation = Linear(width, MODULATIONS * width)
             if config.use_connector:
-                self.connector_in = nn.Linear(config.connector_channels or captions, captions)
-                self.connector_out = nn.Linear(captions, captions)
+                self.connector_in = Linear(config.connector_channels or captions, captions)
+                self.connector_out = Linear(captions, captions)
                 self.connector_norm = nn.Parameter(torch.empty(captions))
-            self.caption_in = nn.Linear(captions, width)
-            self.caption_out = nn.Linear(width, width)
+            self.caption_in = Linear(captions, width)
+            self.caption_out = Linear(width, width)
             self.y_norm = nn.Parameter(torch.empty(width)) if config.y_norm else None
             self.y_embedding = nn.Parameter(torch.empty(rows, captions))
             self.modulation_table = nn.Parameter(torch.empty(MODULATIONS * config.depth + 2, width))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-            self.final = nn.Linear(width, area * self.out_channels)
+            self.final = Linear(width, area * self.out_channels)
         self.requires_grad_(False)
 
     @classmethod

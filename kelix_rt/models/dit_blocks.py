@@ -13,6 +13,7 @@ from kelix_rt import ops
 from kelix_rt.config import SanaConfig
 from kelix_rt.models.dit_positions import rotate
 from kelix_rt.models.layers import add, gated_add
+from kelix_rt.models.products import Linear
 from kelix_rt.ops.diffusion import ACT_GELU, ACT_NONE, ACT_SILU
 
 NORM_EPS = 1e-6  # the affine-free LayerNorms of blocks and final layer
@@ -36,8 +37,8 @@ class LinearSelfAttention(nn.Module):
     def __init__(self, width: int, head_dim: int, normed: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
         self.q_norm = _vector(width) if normed else None
         self.k_norm = _vector(width) if normed else None
 
@@ -55,8 +56,8 @@ class SoftmaxSelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, normed: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.q_norm = _vector(width) if normed else None
         self.k_norm = _vector(width) if normed else None
         self.q_norm_bias = _vector(width) if normed else None
@@ -78,9 +79,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, normed: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
         self.q_norm = _vector(width) if normed else None
         self.k_norm = _vector(width) if normed else None
 
@@ -123,10 +124,10 @@ class GatedConvFeedForward(nn.Module):
     def __init__(self, width: int, inner: int, acts: tuple[str | None, ...]) -> None:
         super().__init__()
         self.pre_act, self.gate_act, self.out_act = (activation_code(name) for name in acts)
-        self.expand = nn.Linear(width, 2 * inner)
+        self.expand = Linear(width, 2 * inner)
         self.depth_weight = nn.Parameter(torch.empty(2 * inner, 3, 3))
         self.depth_bias = _vector(2 * inner)
-        self.point = nn.Linear(inner, width, bias=False)
+        self.point = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x [B, h * w, C] with grid (h, w) -> [B, h * w, C]."""
@@ -145,8 +146,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, width)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x [B, N, C] -> [B, N, C]; the grid plays no part."""

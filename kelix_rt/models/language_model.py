@@ -19,6 +19,7 @@ from kelix_rt.models.block_decoder import BlockDecoder, block_decoder_sizes
 from kelix_rt.models.expand import expand_ids
 from kelix_rt.models.language_weights import choose_head, weight_map
 from kelix_rt.models.layers import int8_linear
+from kelix_rt.models.products import product
 from kelix_rt.quantization import quantize_int8
 from kelix_rt.weights import Checkpoint, OnTensor, load_weights
 
@@ -178,7 +179,7 @@ class KelixLM(nn.Module):
         """[..., D] before the norm -> [..., VT] logits over the whole vocabulary, float32."""
         normed = self.normed(states)
         if self.head_scale is None:
-            return F.linear(normed, self.head).float()
+            return product(normed, self.head).float()
         flat = int8_linear(normed.flatten(0, -2), self.head, self.head_scale)
         return flat.view(*normed.shape[:-1], -1).float()
 

@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kelix_rt import ops
+from kelix_rt.models.products import product
 from kelix_rt.ops.diffusion import gated_sum
 from kelix_rt.quantization import TILE, TILE_GPU, dequantize_int8, quantize_int8
 
@@ -61,7 +61,7 @@ def linear(x: Tensor, layer: Projection) -> Tensor:
         return int8_linear(x, layer.weight, layer.weight_scale)
     if x.device.type == "cpu" and len(x) <= SKINNY_ROWS.get(x.dtype, 0):
         return ops.skinny_linear(x, layer.weight)
-    return F.linear(x, layer.weight)
+    return product(x, layer.weight)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return ops.skinny_linear_int8(x, weight, scale)
     step = max(1, (TILE if on_cpu else TILE_GPU) // weight.shape[1])
     tiles = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(x, dequantize_int8(w, s, x.dtype)) for w, s in tiles], dim=-1)
+    return torch.cat([product(x, dequantize_int8(w, s, x.dtype)) for w, s in tiles], dim=-1)
 
 
 def needs_grad(*tensors: Tensor) -> bool:

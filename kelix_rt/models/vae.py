@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kelix_rt.config import read_config
 from kelix_rt.errors import ConfigError
+from kelix_rt.models.products import Float32Products, are_native
 from kelix_rt.weights import Checkpoint, Source, load_weights
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ def load_vae(
 def decode(vae: AutoencoderDC, latent: Tensor) -> Tensor:
     """Latents [B, C, h, w] of the DiT's scale -> pixels [B, 3, H, W] float32, about -1..1."""
     scaled = latent.float() / vae.config.scaling_factor
-    pixels: Tensor = vae.decode(scaled.to(vae.dtype)).sample.float()
+    native = are_native(vae.dtype, vae.device)
+    with nullcontext() if native else Float32Products():
+        pixels: Tensor = vae.decode(scaled.to(vae.dtype)).sample.float()
     return pixels
 
 

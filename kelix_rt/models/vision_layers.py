@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kelix_rt import ops
 from kelix_rt.config import VisionConfig
+from kelix_rt.models.products import Linear
 from kelix_rt.models.vision_layout import PATCHES_PER_TOKEN, PatchLayout, rotate
 
 MERGER_EPS = 1e-5
@@ -48,8 +49,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
         self.norm_eps = config.qk_norm_eps
         self.q_norm: nn.Parameter | None = None
         self.k_norm: nn.Parameter | None = None
@@ -95,8 +96,8 @@ class VisionLayer(nn.Module):
         self.attention_norm = LayerNorm(width, config.layer_norm_eps)
         self.attention = VisionAttention(config)
         self.mlp_norm = LayerNorm(width, config.layer_norm_eps)
-        self.up = nn.Linear(width, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, width)
+        self.up = Linear(width, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, width)
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
@@ -112,8 +113,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         joined = PATCHES_PER_TOKEN * width
         self.norm = LayerNorm(joined, MERGER_EPS)
-        self.inner = nn.Linear(joined, joined)
-        self.outer = nn.Linear(joined, output)
+        self.inner = Linear(joined, joined)
+        self.outer = Linear(joined, output)
 
     def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
         """[N, D] -> [N / 4, output], tokens in raster order of the merged grid."""

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kelix_rt import ops
 from kelix_rt.checkpoint import Checkpoint
 from kelix_rt.config import KelixConfig, TokenizerConfig, read_config
 from kelix_rt.errors import ConfigError, InputError
+from kelix_rt.models.products import Linear, product
 from kelix_rt.models.vision_layers import LayerNorm, PatchMerger, VisionLayer
 from kelix_rt.models.vision_layout import (
     PatchLayout,
@@ -55,7 +55,7 @@ class VisionTokenizer(nn.Module):
         self.config = config
         vision = config.vision_config
         width, books = vision.hidden_size, (config.n_q_tokens, config.code_dim)
-        self.patch_embedding = nn.Linear(vision.num_channels * vision.patch_size**2, width)
+        self.patch_embedding = Linear(vision.num_channels * vision.patch_size**2, width)
         self.positions: nn.Parameter | None = None
         if vision.has_learnable_position_embedding:
             self.positions = nn.Parameter(torch.empty(vision.grid**2, width))
@@ -64,8 +64,8 @@ class VisionTokenizer(nn.Module):
         self.merger = PatchMerger(width, config.llm_hidden_size)
         self.aligner: nn.Linear | None = None
         if config.pre_llm_align:
-            self.aligner = nn.Linear(config.llm_hidden_size, config.llm_hidden_size)
-        self.encoder = nn.Linear(config.llm_hidden_size, books[0] * books[1])
+            self.aligner = Linear(config.llm_hidden_size, config.llm_hidden_size)
+        self.encoder = Linear(config.llm_hidden_size, books[0] * books[1])
         self.z_weight = nn.Parameter(torch.empty(books))
         self.z_bias = nn.Parameter(torch.empty(books))
         self.up_projectors: nn.Parameter | None = None
@@ -260,7 +260,7 @@ class VisionTokenizer(nn.Module):
         if self.up_projectors is None:
             raise InputError("embed: the checkpoint holds no up_projectors.*, so it has no fusion")
         vectors = self.lookup(codes)
-        parts = [F.linear(vectors[:, i], weight) for i, weight in enumerate(self.up_projectors)]
+        parts = [product(vectors[:, i], weight) for i, weight in enumerate(self.up_projectors)]
         stacked = torch.stack(parts)
         return stacked.sum(0) if self.config.fusion_type == "sum" else stacked.mean(0)
 

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kelix_rt.train import products
+from kelix_rt.models import products
+from kelix_rt.train.products import Bfloat16Products
 from kelix_rt.train.progress import StageLog
 from kelix_rt.train.states import StageIdentity, TrainingError, load_state, save_state
 
@@ -144,6 +145,6 @@ def _optimise(
 
 
 def _precision(device: torch.device | str, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    if dtype == torch.bfloat16 and products.are_fast(device):
-        return products.Bfloat16Products()
+    if dtype == torch.bfloat16 and products.are_native(dtype, device):
+        return Bfloat16Products()
     return nullcontext()

@@ -12,13 +12,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def are_fast(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: any GPU, some CPUs."""
-    if torch.device(device).type != "cpu":
-        return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

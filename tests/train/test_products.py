@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kelix_rt.train import products
+from kelix_rt.models import products
 from kelix_rt.train.loop import run_stage
 from kelix_rt.train.products import Bfloat16Products
 
@@ -68,7 +68,7 @@ def test_modules_take_part_and_other_dtypes_pass() -> None:
 def test_a_stage_takes_them_where_they_are_fast(
     fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(products, "are_fast", lambda device: fast)
+    monkeypatch.setattr(products, "are_native", lambda dtype, device: fast)
     torch.manual_seed(0)
     layer = nn.Linear(12, 5)
     x = torch.randn(3, 12)
