@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare import Comparison
 from kelix_rt import ops
+from kelix_rt.models.products import Float32Products, are_native, product
 from kelix_rt.quantization import dequantize_int8, quantize_int8
 from kelix_rt.testing import randn
 
@@ -83,3 +84,39 @@ def test_skinny_linear_int8(
     )
     milliseconds = compare.benchmark.extra_info["ms"]
     compare.record({"gb_per_second": round(num_bytes / milliseconds / 1e6, 1)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@torch.inference_mode()
+def test_product_of_many_rows(compare: Comparison, device: str, dtype: torch.dtype) -> None:
+    """16-bit factors on a CPU that multiplies float32 only: the tokens of a small picture."""
+    if are_native(dtype, device):
+        pytest.skip("the device multiplies this dtype")
+    x, weight = randn(64, 512, dtype=dtype), randn(2048, 512, dtype=dtype)
+    wide = x.float(), weight.float()
+    compare(
+        lambda: product(x, weight),
+        {"torch": lambda: F.linear(x, weight)},
+        {"float32": lambda: F.linear(*wide)},
+        flops=2 * x.numel() * len(weight),
+    )
+
+
+@torch.inference_mode()
+def test_convolution_of_a_foreign_model(compare: Comparison, device: str) -> None:
+    """A 3x3 convolution of the autoencoder in bfloat16, on such a CPU."""
+    if are_native(torch.bfloat16, device):
+        pytest.skip("the device multiplies this dtype")
+    x = randn(1, 64, 64, 64, dtype=torch.bfloat16)
+    weight = randn(32, 64, 3, 3, dtype=torch.bfloat16)
+
+    def ours() -> Tensor:
+        with Float32Products():
+            return F.conv2d(x, weight, padding=1)
+
+    wide = x.float(), weight.float()
+    compare(
+        ours,
+        {"torch": lambda: F.conv2d(x, weight, padding=1)},
+        {"float32": lambda: F.conv2d(*wide, padding=1)},
+    )

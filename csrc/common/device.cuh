@@ -30,13 +30,26 @@
 
 namespace kelix {
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 // More than the default takes a word to the driver. The default is 48 KB together with the memory
-// whose size the kernel fixes, which is below 8 KB in those that are launched with some of it.
+// whose size the kernel fixes, which is below 8 KB in those that are launched with some of it. The
+// limit belongs to the kernel, not to the launch, so it is always set to all there is: another
+// thread, about to launch the same kernel, may need more than this one.
 inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
   constexpr size_t kDefaultLimit = 40 << 10;
   if (dynamic_shared <= kDefaultLimit) return;
+  cudaFuncAttributes own{};
+  cudaFuncGetAttributes(&own, kernel);
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(dynamic_shared));
+                       most - static_cast<int>(own.sharedSizeBytes));
 }
 
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...)
@@ -45,14 +58,6 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    void* stream, const Arguments&... arguments) {
   allow_dynamic_shared(reinterpret_cast<const void*>(kernel), dynamic_shared);
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
 }
 
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }

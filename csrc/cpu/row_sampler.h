@@ -228,9 +228,10 @@ inline int64_t draw_column(const float* row, int64_t cols, const DrawRule& rule,
       limit = kept_distance(chunk_distance, nullptr, chunks, wanted);
     }
   } else if (by_mass) {
-    // All candidates farther than this weigh less than 1 - top_p together.
+    // All candidates farther than this weigh less than 1 - top_p together, and the nearest is no
+    // farther whatever top_p is.
     total = softmax_sum(row, cols, peak, temperature);
-    limit = std::log(static_cast<float>(cols) / ((1 - rule.top_p) * total)) + 0.1f;
+    limit = std::log(std::fmax(static_cast<float>(cols) / ((1 - rule.top_p) * total), 1.0f)) + 0.1f;
   }
   found.count = gather_candidates(row, cols, chunk_distance, peak, temperature, limit, found);
   if (by_count) {

@@ -66,6 +66,7 @@ __device__ void token_statistics(const NearestCodesArgs& args, int64_t first_tok
       shared.norm[row] = norm;
     }
   }
+  __syncwarp();  // the loop over the depth, which waits for all, is empty where d is 0
 }
 
 // Columns [depth, depth + kDepth) of the tile's tokens and codes, transposed, zero outside.

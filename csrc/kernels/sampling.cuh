@@ -205,9 +205,10 @@ __device__ inline float distance_of_wanted(float top, float peak, const Filter& 
       shared.nearest, kDrawThreads / fold, filter.wanted, [](int) { return 1; }, shared);
 }
 
-// All candidates farther than this weigh less than 1 - top_p together. `sum`: of exp(-distance).
+// All candidates farther than this weigh less than 1 - top_p together, and the nearest is no
+// farther whatever top_p is. `sum`: of exp(-distance).
 __device__ __forceinline__ float distance_of_mass(float sum, float top_p, int cols) {
-  return logf(cols / ((1 - top_p) * sum)) + 0.1f;
+  return logf(fmaxf(cols / ((1 - top_p) * sum), 1.0f)) + 0.1f;
 }
 
 // Gumbel's trick: the candidate with the best score is a draw from their softmax.

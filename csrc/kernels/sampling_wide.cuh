@@ -194,7 +194,7 @@ __device__ Drawn finish_wide_row(const WideRow<T>& row, const DrawRule& rule, Dr
   uint64_t best = 0, total = 0;
   for (int i = threadIdx.x; i < row.chunks; i += kDrawThreads) {
     best = row.best[i] > best ? row.best[i] : best;
-    total += row.mass[i];
+    if (filter.by_mass) total += row.mass[i];
   }
   int64_t column;
   if (!filter.greedy && (filter.by_count || filter.by_mass)) {

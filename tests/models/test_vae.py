@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kelix_rt.errors import ConfigError, WeightError
-from kelix_rt.models import load
+from kelix_rt.models import load, products
 from kelix_rt.models.vae import decode, load_vae
+from kelix_rt.testing import assert_as_accurate_as_torch, randn
 
 FILE = "diffusion_pytorch_model.safetensors"
 NAME = "decoder.conv_out.weight"
@@ -41,6 +42,27 @@ def test_nothing_is_left_on_the_meta_device(path: Path) -> None:
     assert {t.device.type for t in (*vae.parameters(), *vae.buffers())} == {"cpu"}
     assert not vae.training
     assert bool(decode(vae, torch.zeros(1, 8, 2, 2)).isfinite().all())
+
+
+def test_a_cpu_that_multiplies_float32_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(path, {}, torch.bfloat16)
+    latent, narrow = randn(1, 8, 2, 2), load_vae(path)
+    entered = []
+
+    class Watched(products.Float32Products):
+        def __enter__(self) -> Watched:
+            entered.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("kelix_rt.models.vae.Float32Products", Watched)
+    monkeypatch.setattr(products, "_cpu_multiplies", lambda dtype: True)
+    theirs = decode(narrow, latent)
+    assert not entered
+    monkeypatch.setattr(products, "_cpu_multiplies", lambda dtype: dtype == torch.float32)
+    mine = decode(narrow, latent)
+    assert len(entered) == 1 and narrow.dtype == torch.bfloat16
+    exact = decode(load_vae(path, dtype=torch.float32), latent).double()
+    assert_as_accurate_as_torch(mine, theirs, exact)
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,20 @@ def test_wide_rows_that_cannot_be_drawn(rule: tuple[float, ...], device: str) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", [500, 20000])
+@pytest.mark.parametrize("rule", [(1.0, 0, -0.5, 0.0), (math.inf, 0, 0.5, 0.0)])
+def test_a_filter_out_of_its_range_keeps_the_largest(
+    rule: tuple[float, ...], width: int, device: str
+) -> None:
+    """No draw may come from outside of the row."""
+    logits = torch.zeros(3, width, device=device)
+    logits[:, width - 1] = 1e-6
+    logits[2, 7] = -math.inf
+    ids, logprobs = ops.sample_blocks(logits, *draw_arguments(3, rule, device))
+    assert ((ids >= 0) & (ids < width)).all() and logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [500, 20000])
 def test_greedy_takes_the_lowest_of_equal_maxima(width: int, device: str) -> None:
     logits = randn(2, width, device=device)
     logits[:, [77, 300, width - 1]] = 9.0
