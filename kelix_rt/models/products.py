@@ -1,7 +1,7 @@
 """Products of 16-bit factors on CPUs that cannot multiply them: in float32, with one rounding.
 
-torch falls back to slow kernels there: with AVX2 alone a product of 64 rows takes five times as long
-as this, a convolution a hundred times (docs/kernels/linear.md).
+There torch falls back to slow kernels: with AVX2 alone a product of 64 rows takes five times as
+long as this, a convolution a hundred times (docs/kernels/linear.md).
 """
 
 from __future__ import annotations
