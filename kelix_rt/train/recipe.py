@@ -172,7 +172,7 @@ CPU = Recipe(
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
         "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(7000, 8e-4, 50, 16, lr_floor=0.02),
+        "2": Stage(14000, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
