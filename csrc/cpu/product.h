@@ -32,7 +32,7 @@ constexpr int64_t kAheadBytes = 16384;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
-// Values in registers all the way: GCC leaves sums in memory whose loads take a reference to them.
+// By value: through a reference GCC kept what it loaded, and a tile's sums with it, on the stack.
 inline Lanes load_lanes(const float* from) {
   typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
   return *reinterpret_cast<const Loose*>(from);
