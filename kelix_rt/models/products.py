@@ -6,10 +6,10 @@ long as this, a convolution a hundred times (docs/kernels/linear.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from kelix_rt.quantization import TILE
+
+Function: TypeAlias = Callable[..., Any]
 
 
 def are_native(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -57,26 +59,38 @@ class Linear(nn.Linear):
         return product(input, self.weight, self.bias)
 
 
-class Float32Products(TorchFunctionMode):
+class Replacing(TorchFunctionMode):
+    """Inside `with`, calls of some of torch's functions go to others: {function: replacement}."""
+
+    def __init__(self, replacements: Mapping[Function, Function]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Calls the replacement, or what was called."""
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+class Float32Products(Replacing):
     """Inside `with`, F.linear and F.conv2d of 16-bit tensors compute in float32 and round once.
 
     For models that are not ours. A weight is made float32 for one call, so no memory is kept.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replaces the two, passes everything else on."""
-        given = (args, kwargs or {})
-        if func in (F.linear, F.conv2d):
-            dtype = args[0].dtype
-            wide_args, wide_kwargs = tree_map(_wide, given)
-            return func(*wide_args, **wide_kwargs).to(dtype)
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__({f: partial(_rounded_once, f) for f in (F.linear, F.conv2d)})
+
+
+def _rounded_once(function: Function, *args: Any, **kwargs: Any) -> Tensor:
+    wide_args, wide_kwargs = tree_map(_wide, (args, kwargs))
+    result: Tensor = function(*wide_args, **wide_kwargs)
+    return result.to(args[0].dtype)
 
 
 def _wide(value: Any) -> Any:

@@ -3,13 +3,13 @@ has them, and near enough for training (measured in docs/kelix-tiny.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from kelix_rt.models.products import Replacing
 
 
 class _Product(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _Product(torch.autograd.Function):
         return of_x, (rounded.flatten(0, -2).mT @ x.flatten(0, -2)).float()
 
 
-class Bfloat16Products(TorchFunctionMode):
+class Bfloat16Products(Replacing):
     """Inside `with`, F.linear of float32 rounds its factors to bfloat16, and so does its backward.
 
     Sums are float32; a product is rounded once more and given as float32. Equivalent to
@@ -37,17 +37,8 @@ class Bfloat16Products(TorchFunctionMode):
     changes its dtype: norms, attention and losses of the small models here are slower in bfloat16.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replaces F.linear, passes everything else on."""
-        if func is not F.linear:
-            return func(*args, **(kwargs or {}))
-        return _linear(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__({F.linear: _linear})
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
