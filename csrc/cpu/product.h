@@ -38,11 +38,23 @@ inline Lanes load_lanes(const float* from) {
   return *reinterpret_cast<const Loose*>(from);
 }
 
+// Intrinsics here and below: GCC takes a conversion of vectors apart, into halves or single
+// elements.
 inline Lanes load_lanes(const bf16* from) {
+#if defined(__AVX512F__)
+  const __m512i words = _mm512_maskz_cvtepu16_epi32(
+      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return reinterpret_cast<Lanes>(_mm512_maskz_slli_epi32(0xffff, words, 16));
+#elif defined(__AVX2__)
+  const __m256i words =
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return reinterpret_cast<Lanes>(_mm256_slli_epi32(words, 16));
+#else
   typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
   const Halves halves = *reinterpret_cast<const Halves*>(from);
   return reinterpret_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 inline Lanes load_lanes(const f16* from) {
@@ -60,7 +72,6 @@ inline Lanes load_lanes(const f16* from) {
 }
 
 inline Lanes load_lanes(const int8_t* from) {
-  // Intrinsics, as a conversion of vectors goes through single elements.
 #if defined(__AVX512F__)
   const __m512i words =
       _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
