@@ -157,7 +157,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     }
 
 
-# Two to three hours on two CPU cores; docs/kelix-tiny.md has what was measured.
+# Two and a half hours on two fast CPU cores, four on slow ones: docs/kelix-tiny.md.
 CPU = Recipe(
     autoencoder={
         "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),
