@@ -38,6 +38,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// The most a launch of `kernel` on the current device may ask for.
+inline size_t most_dynamic_shared(const void* kernel) {
+  cudaFuncAttributes own{};
+  cudaFuncGetAttributes(&own, kernel);
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - own.sharedSizeBytes;
+}
+
 // More than the default takes a word to the driver. The default is 48 KB together with the memory
 // whose size the kernel fixes, which is below 8 KB in those that are launched with some of it. The
 // limit belongs to the kernel, not to the launch, so it is always set to all there is: another
@@ -45,11 +52,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline void allow_dynamic_shared(const void* kernel, size_t dynamic_shared) {
   constexpr size_t kDefaultLimit = 40 << 10;
   if (dynamic_shared <= kDefaultLimit) return;
-  cudaFuncAttributes own{};
-  cudaFuncGetAttributes(&own, kernel);
-  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       most - static_cast<int>(own.sharedSizeBytes));
+                       static_cast<int>(most_dynamic_shared(kernel)));
 }
 
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...)

@@ -49,17 +49,14 @@ void launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block
 template <class... Parameters>
 unsigned ctas_together(void (*kernel)(Parameters...), int threads, size_t dynamic_shared) {
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes needs{};
-  cudaFuncGetAttributes(&needs, function);
-  const auto limit = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (needs.sharedSizeBytes + dynamic_shared > limit) return 0;
+  if (dynamic_shared > most_dynamic_shared(function)) return 0;
   if (device_attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
   allow_dynamic_shared(function, dynamic_shared);
   int per_multiprocessor = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, function, threads,
                                                 dynamic_shared);
   if (per_multiprocessor == 0) return 0;
-  return static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount));
+  return static_cast<unsigned>(num_multiprocessors());
 }
 
 inline void set_zero(void* memory, size_t bytes, void* stream) {
