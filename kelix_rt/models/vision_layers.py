@@ -14,6 +14,7 @@ from kelix_rt.models.products import Linear
 from kelix_rt.models.vision_layout import PATCHES_PER_TOKEN, PatchLayout, rotate
 
 MERGER_EPS = 1e-5
+SCORES_AT_ONCE = 1 << 20  # 4 MB of float32: they stay in the cache between product and softmax
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -84,7 +85,25 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...])
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    rounded = q.device.type == "cpu" and q.dtype != torch.float32
+    attend = _rounded_attention if rounded else F.scaled_dot_product_attention
+    return attend(q, k, v).transpose(1, 2)
+
+
+def _rounded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of 16-bit [B, heads, S, hd] with the released roundings: scores, softmax and sums
+    in float32, only the probabilities rounded (spec: tokenizer, 3.2). torch's own kernel for CPUs
+    rounds them before they are divided by their sum, which changes codes."""
+    heads = zip(*(x.flatten(0, 1).float() for x in (q, k, v)), strict=True)
+    scale = q.shape[-1] ** -0.5
+    parts = [_attend_head(a * scale, b.mT, c, q.dtype) for a, b, c in heads]
+    return torch.stack(parts).view(q.shape)
+
+
+def _attend_head(q: Tensor, keys: Tensor, v: Tensor, rounded: torch.dtype) -> Tensor:
+    some = q.split(max(1, SCORES_AT_ONCE // keys.shape[1]))
+    parts = [(x @ keys).softmax(dim=-1).to(rounded).float() @ v for x in some]
+    return torch.cat(parts).to(rounded)
 
 
 class VisionLayer(nn.Module):
