@@ -85,12 +85,19 @@ class Engine(LoadedEngine):
             encode = self.runner.encode_stage()
             encode.tokenizer.tune(tune_tokens, encode.mode)
 
-    def chat(self, messages: str | Messages, sampling: SamplingParams | None = None) -> ChatOutput:
+    def chat(
+        self,
+        messages: str | Messages,
+        sampling: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images, or a plain question.
 
-        Raises InputError for messages that cannot be used, ConfigError without a tokenizer.
+        template_options: what the checkpoint's chat template reads besides the messages (tools,
+        enable_thinking, ...). Raises InputError for messages that cannot be used, ConfigError
+        without a tokenizer.
         """
-        output = self._run_one(self.add_chat(messages, sampling))
+        output = self._run_one(self.add_chat(messages, sampling, **template_options))
         return ChatOutput(
             self._reply_text(output.blocks),
             output.blocks,
@@ -99,7 +106,12 @@ class Engine(LoadedEngine):
             output.timings,
         )
 
-    def add_chat(self, messages: str | Messages, sampling: SamplingParams | None = None) -> int:
+    def add_chat(
+        self,
+        messages: str | Messages,
+        sampling: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> int:
         """Queues the answer to messages, as `chat` takes them, and returns the request's number.
 
         On a GPU their pictures are read and resized beside the steps of other requests: a PIL image
@@ -108,13 +120,14 @@ class Engine(LoadedEngine):
         Raises ConfigError without a tokenizer.
         """
         _ = self.processor  # what it is made of is loaded here
-        return self._add_later(partial(self.chat_prompt, copied(messages)), sampling)
+        prompt = partial(self.chat_prompt, copied(messages), **copied(template_options))
+        return self._add_later(prompt, sampling)
 
-    def chat_prompt(self, messages: str | Messages) -> Prompt:
+    def chat_prompt(self, messages: str | Messages, **template_options: Any) -> Prompt:
         """The prompt `chat` runs, for add_request and stream."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        encoded = self.processor.encode(messages)
+        encoded = self.processor.encode(messages, **template_options)
         if not encoded.images:
             return Prompt(encoded.ids)
         pixels, grids = zip(*encoded.images, strict=True)
@@ -127,7 +140,7 @@ class Engine(LoadedEngine):
         sampling: SamplingParams | None = None,
         render: RenderParams | None = None,
     ) -> ImageOutput:
-        """Draws an image of a description, or after prompt ids.
+        """Draws an image of a description, or after a prompt (`chat_prompt` makes one of messages).
 
         sampling: None is greedy, as the release draws. Raises ConfigError without an image DiT, or
         for a description without a tokenizer.
@@ -153,7 +166,12 @@ class Engine(LoadedEngine):
     def encode_image(
         self, image: ImageSource, *, size: tuple[int, int] | None = None
     ) -> ImageCodes:
-        """Visual codes of an image (PIL, path, bytes or data URL); size: (height, width) wanted."""
+        """Visual codes of an image (PIL, path, bytes or data URL); size: (height, width) wanted.
+
+        Raises InputError for what is not one image.
+        """
+        if isinstance(image, list | tuple):
+            raise InputError(f"encode_image: takes one image, got a list of {len(image)}")
         stage = self.runner.encode_stage()
         pixels, grid = self.images.preprocess(image, size=size)
         frames, rows, columns = grid[0].tolist()

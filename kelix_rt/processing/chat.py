@@ -13,9 +13,10 @@ from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.processing.images import ImageProcessor
 from kelix_rt.processing.text import TextTokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 MARKER_FIELDS = ("row", "rows", "cols")
+PIXELS_LIMIT = 1 << 40  # beyond it the arithmetic of sizes is no longer exact
 
 
 class SpecialIds(Protocol):
@@ -115,10 +116,12 @@ class ChatProcessor:
     ) -> EncodedPrompt:
         """Prompt ids and pixel values of OpenAI-style messages.
 
-        messages: mappings with `role` (system, user, assistant) and `content`, a string or a list
-        of parts: {"type": "text", "text": str}, {"type": "image", "image": source} with optional
-        min_pixels, max_pixels or resized_height and resized_width, or
-        {"type": "image_url", "image_url": {"url": str}}; sources as `load_image` takes them.
+        messages: mappings with `role` (system, user, assistant, tool) and `content`, a string or a
+        list of parts: {"type": "text", "text": str}, {"type": "image", "image": source} with
+        optional min_pixels, max_pixels or resized_height and resized_width, or
+        {"type": "image_url", "image_url": {"url": str}}; sources as `load_image` takes them. An
+        assistant's content may be None. Other fields (tool_calls, ...) go to the template as they
+        are.
         add_generation_prompt: end with the assistant's header. template_options: handed to the
         chat template. Raises InputError naming the message index and the part.
         """
@@ -127,8 +130,8 @@ class ChatProcessor:
         if not messages:
             raise InputError("messages: expected at least one message, got none")
         parts: list[_ImagePart] = []
-        flat = [self._flatten(index, message, parts) for index, message in enumerate(messages)]
-        prompt = self.text.render(flat, add_generation_prompt, **template_options)
+        plain = [self._plain(index, message, parts) for index, message in enumerate(messages)]
+        prompt = self.text.render(plain, add_generation_prompt, **template_options)
         return self._expand(self.text.encode(prompt), parts)
 
     def encode_image_prompt(self, prompt: str) -> list[int]:
@@ -174,38 +177,42 @@ class ChatProcessor:
             )
         return tokens[1], "".join(tokens)
 
-    def _flatten(self, index: int, message: Any, images: list[_ImagePart]) -> dict[str, str]:
-        """The message with its content as one string, images as placeholders; collects images."""
+    def _plain(self, index: int, message: Any, images: list[_ImagePart]) -> dict[str, Any]:
+        """The message as the chat template reads it, images as placeholders; collects images."""
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise InputError(f"{where}: expected an object, got {type(message).__name__}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise InputError(f"{where}.role: must be one of {', '.join(ROLES)}, got {role!r}")
+        if content is None and role == "assistant":
+            content = ""
         if isinstance(content, str):
-            flat = self._checked(content, f"{where}.content")
+            parts = [{"type": "text", "text": self._checked(content, f"{where}.content")}]
         elif isinstance(content, (list, tuple)):
-            flat = "".join(
+            parts = [
                 self._part(f"{where}.content[{number}]", part, images)
                 for number, part in enumerate(content)
-            )
+            ]
         else:
             raise InputError(
                 f"{where}.content: expected a string or a list of parts, got "
                 f"{type(content).__name__}"
             )
-        if not flat.strip():
+        flat = "".join(part.get("text", self._image_text) for part in parts)
+        if role == "user" and not flat.strip():
             raise InputError(f"{where}.content: is empty; write some text or add an image")
-        return {"role": role, "content": flat}
+        return {**message, "content": parts if self.text.takes_parts else flat}
 
-    def _part(self, where: str, part: Any, images: list[_ImagePart]) -> str:
+    def _part(self, where: str, part: Any, images: list[_ImagePart]) -> dict[str, str]:
+        """The part as a chat template reads it; collects images."""
         if not isinstance(part, Mapping):
             raise InputError(f"{where}: expected an object, got {type(part).__name__}")
         kind = part.get("type")
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise InputError(f"{where}.text: expected a string, got {part.get('text')!r}")
-            return self._checked(part["text"], where)
+            return {"type": "text", "text": self._checked(part["text"], where)}
         if kind not in ("image", "image_url"):
             raise InputError(f"{where}.type: must be text, image or image_url, got {kind!r}")
         source = part.get(kind)
@@ -217,7 +224,7 @@ class ChatProcessor:
         if not self._image_text:
             raise InputError(f"{where}: this model takes no images (image_token_id is null)")
         images.append(_ImagePart(source, _resize_options(part, where), where))
-        return self._image_text
+        return {"type": "image"}
 
     def _checked(self, text: str, where: str) -> str:
         if self._image_token and self._image_token in text:
@@ -255,8 +262,11 @@ def _resize_options(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     names = ("min_pixels", "max_pixels", "resized_height", "resized_width")
     given = {name: part[name] for name in names if part.get(name) is not None}
     for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}.{name}: must be a positive integer, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < PIXELS_LIMIT:
+            raise InputError(
+                f"{where}.{name}: must be a positive integer below {PIXELS_LIMIT}, got "
+                f"{repr(value)[:20]}"
+            )
     height, width = given.pop("resized_height", None), given.pop("resized_width", None)
     if (height is None) != (width is None):
         raise InputError(f"{where}: resized_height and resized_width must be given together")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from kelix_rt.errors import ConfigError, InputError
 
 # One of these must be there; transformers' own message for an empty directory names a web site.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Where processors of older checkpoints keep the template; transformers' tokenizers do not look.
+TEMPLATE_FILE = "chat_template.json"
+PROBE = "probe"
 
 
 class TextTokenizer:
@@ -61,10 +66,21 @@ class TextTokenizer:
             )
         except Exception as error:  # tokenizers raises plain Exception for a broken tokenizer.json
             raise ConfigError(f"TextTokenizer: {directory} cannot be loaded: {error}") from error
+        if not tokenizer.chat_template and (directory / TEMPLATE_FILE).is_file():
+            tokenizer.chat_template = _read_template(directory / TEMPLATE_FILE)
         return cls(tokenizer, vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens written in it become their single ids."""
+        """The ids of `text`; special tokens written in it become their single ids.
+
+        Raises InputError for half a surrogate pair, which is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text must be Unicode, got half a surrogate pair at character {error.start}"
+            ) from error
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,7 +114,7 @@ class TextTokenizer:
         add_generation_prompt: bool = True,
         **options: Any,
     ) -> str:
-        """The chat template applied to `messages` (role and content, both strings).
+        """The chat template applied to `messages` (role, content and what else it reads).
 
         `options` are handed to the template. Raises InputError where the template rejects the
         messages, ConfigError if the checkpoint has no template.
@@ -116,12 +132,23 @@ class TextTokenizer:
                     **options,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"messages: the chat template rejects them: {error}") from error
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the chat template reads content as a list of parts alone: it loses a string."""
+        return not self._writes(PROBE) and self._writes([{"type": "text", "text": PROBE}])
 
     def stream(self) -> StreamDecoder:
         """A fresh decoder for one request; see `StreamDecoder`."""
         return StreamDecoder(self)
+
+    def _writes(self, content: Any) -> bool:
+        try:
+            return PROBE in self.render([{"role": "user", "content": content}])
+        except InputError:
+            return False
 
     def _decode(self, ids: list[int]) -> str:
         return str(
@@ -129,6 +156,15 @@ class TextTokenizer:
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"TextTokenizer: {file} must hold a JSON object with a chat_template"
+        ) from error
 
 
 class StreamDecoder:

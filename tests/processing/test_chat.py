@@ -164,11 +164,16 @@ def test_image_prompts_are_cut_after_the_first_assistant_header(tmp_path: Path) 
             r"content\[0\]\.max_pixels: must be a positive integer",
         ),
         (
+            user({"type": "image", "image": red(), "max_pixels": 10**400}),
+            r"content\[0\]\.max_pixels: must be a positive integer below",
+        ),
+        (user(text("half \ud800 of it")), "half a surrogate pair at character"),
+        (
             user({"type": "image", "image": red(), "resized_width": 56}),
             r"resized_height and resized_width must be given together",
         ),
         (
-            user({"type": "image", "image": red(), "max_pixels": 10}),
+            user({"type": "image", "image": red(), "min_pixels": 10**9}),
             r"messages\[0\]\.content\[0\]: .*must hold",
         ),
         (
@@ -191,11 +196,55 @@ def test_files_can_be_switched_off(tmp_path: Path) -> None:
         processor(allow_files=False).encode(messages)
 
 
-def test_an_image_the_template_drops_is_an_error(tmp_path: Path) -> None:
+def templated(directory: Path, template: str) -> TextTokenizer:
+    """The golden model's tokenizer with another chat template."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((TINY / name).read_bytes())
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
-    chat = ChatProcessor(TextTokenizer.from_pretrained(tmp_path), ImageProcessor(), Ids())
+        (directory / name).write_bytes((TINY / name).read_bytes())
+    (directory / "chat_template.jinja").write_text(template)
+    return TextTokenizer.from_pretrained(directory, vocab_size=640)
+
+
+PARTS = """{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
+{%- endfor %}{{- '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def test_templates_that_read_parts_get_parts(tmp_path: Path) -> None:
+    """The same prompt as from a template that reads strings, which loses none of it."""
+    text_of_parts = templated(tmp_path, PARTS)
+    assert text_of_parts.takes_parts and not TEXT.takes_parts
+    chat = ChatProcessor(text_of_parts, ImageProcessor.from_pretrained(TINY), Ids())
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        *user({"type": "image", "image": red()}, text("Describe"), text(" it")),
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "and now"},
+    ]
+    assert chat.encode(messages).ids == processor().encode(messages).ids
+
+
+def test_what_else_messages_hold_reaches_the_template(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{{ m.tool_calls }};{% endfor %}"
+    )
+    chat = ChatProcessor(templated(tmp_path, template), ImageProcessor(), Ids())
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "two and two"},
+        {"role": "assistant", "content": None, "tool_calls": ["add"]},
+        {"role": "tool", "content": "4"},
+    ]
+    written = chat.encode(messages).ids
+    assert written == TEXT.encode("system:;user:two and two;assistant:['add'];tool:4;")
+
+
+def test_an_image_the_template_drops_is_an_error(tmp_path: Path) -> None:
+    chat = ChatProcessor(
+        templated(tmp_path, "{{ messages[-1]['content'] }}"), ImageProcessor(), Ids()
+    )
     messages = [*user({"type": "image", "image": red()}), *user(text("What"))]
     with pytest.raises(InputError, match=r"0 image placeholders for 1 images \(messages\[0\]"):
         chat.encode(messages)

@@ -122,8 +122,14 @@ def test_templates_that_fail(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((TINY / name).read_bytes())
     text = TextTokenizer.from_pretrained(tmp_path)
+    hello = [{"role": "user", "content": "Hello"}]
     with pytest.raises(ConfigError, match="no chat template"):
-        text.render([{"role": "user", "content": "Hello"}])
+        text.render(hello)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
+    assert TextTokenizer.from_pretrained(tmp_path).render(hello) == "Hello!"
+    (tmp_path / "chat_template.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"chat_template\.json must hold"):
+        TextTokenizer.from_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match="roles must alternate"):
-        TextTokenizer.from_pretrained(tmp_path).render([{"role": "user", "content": "Hello"}])
+        TextTokenizer.from_pretrained(tmp_path).render(hello)
