@@ -26,6 +26,9 @@ CONFIG_NAME = "preprocessor_config.json"
 # Stage A's defaults in keye_vl_utils, as counts of 28x28 pixels: 4 and 20480 tokens.
 FETCH_MIN_PIXELS = 4 * 28 * 28
 FETCH_MAX_PIXELS = 20480 * 28 * 28
+# What the release's processor takes where its file names none: CLIP's mean and standard deviation.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def fetch_size(
@@ -134,7 +137,8 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> ImageProcessor:
-        """Read `preprocessor_config.json` in directory `path`; fields it lacks take the defaults.
+        """Read `preprocessor_config.json` in directory `path`; fields it lacks take the defaults,
+        image_mean and image_std those of CLIP.
 
         A directory without the file (a bare tokenizer checkpoint) gets the defaults. `overrides`
         are fields of this class and win over the file. Raises ConfigError for broken JSON, a bad
@@ -149,6 +153,7 @@ class ImageProcessor:
                 raise ConfigError(f"{file}: not valid JSON: {error}") from error
             if not isinstance(values, dict):
                 raise ConfigError(f"{file}: expected a JSON object, got {type(values).__name__}")
+            values = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, **values}
         for switch in ("do_resize", "do_rescale", "do_normalize"):
             if not values.get(switch, True):
                 raise ConfigError(f"{file}: {switch}=false is not supported; it must be true")
@@ -182,7 +187,7 @@ class ImageProcessor:
     ) -> Image.Image:
         """Both resizes of an RGB image: the result has sides that are multiples of `factor`.
 
-        min_pixels, max_pixels: stage A's limits for this image, at most fetch_max_pixels; size:
+        min_pixels (at most fetch_max_pixels), max_pixels: stage A's limits for this image; size:
         (height, width) in pixels wanted instead, rounded to multiples of `factor`. Stage B's limits
         hold in any case. Raises InputError for bad limits and aspect ratios.
         """
@@ -254,10 +259,11 @@ class ImageProcessor:
     def _limits(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
         low = self.fetch_min_pixels if min_pixels is None else min_pixels
         high = self.fetch_max_pixels if max_pixels is None else max_pixels
-        if not 1 <= low <= high <= self.fetch_max_pixels:
+        crossed = low > high and None not in (min_pixels, max_pixels)
+        if not 1 <= low <= self.fetch_max_pixels or high < 1 or crossed:
             raise InputError(
-                "resize: 1 <= min_pixels <= max_pixels <= "
-                f"{self.fetch_max_pixels} must hold, got min_pixels={low}, max_pixels={high}"
+                f"resize: 1 <= min_pixels <= {self.fetch_max_pixels}, 1 <= max_pixels and, where "
+                f"both are given, min_pixels <= max_pixels must hold, got {low} and {high}"
             )
         return low, high
 

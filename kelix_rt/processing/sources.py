@@ -8,7 +8,9 @@ import io
 import os
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from PIL import Image
 
 from kelix_rt.errors import InputError
@@ -27,8 +29,9 @@ def load_image(
     """Return `source` as an RGB PIL image, checked before its pixels are decoded.
 
     source: a path, a `file://` or base64 `data:` URL, the encoded bytes, or a PIL image. Of an
-    animation the first frame counts. Alpha is dropped (not blended), palette and grey images are
-    expanded, and the EXIF orientation is not applied, as in training.
+    animation the first frame counts, of 16-bit grey the upper byte. Alpha is dropped (not
+    blended), palette and grey images are expanded, and the EXIF orientation is not applied, as in
+    training.
     max_image_pixels: largest width * height accepted, in pixels.
     allow_files: False refuses paths and `file://` URLs, for sources that come from strangers.
 
@@ -65,9 +68,24 @@ def _decode(image: Image.Image, name: str, max_image_pixels: int) -> Image.Image
             f"{MAX_ASPECT} times the shorter one"
         )
     try:
-        return image.convert("RGB")
+        return _to_rgb(image, name)
+    except InputError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
         raise InputError(f"load_image: {name} is damaged or truncated: {error}") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Three bytes a pixel. Of 16-bit grey Pillow would make white: it cuts values off at 255."""
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if sixteen:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"load_image: {name} has 32-bit values (mode {image.mode}), of which none is agreed to "
+            "be white; scale them to 0..255 and pass an image of bytes"
+        )
+    return image.convert("RGB")
 
 
 def _read(source: object, allow_files: bool) -> tuple[bytes, str]:
@@ -84,7 +102,7 @@ def _read(source: object, allow_files: bool) -> tuple[bytes, str]:
         if scheme.startswith("data:"):
             return _read_data_url(source), "the data: URL"
         if scheme.startswith("file://"):
-            source = source[len("file://") :]
+            source = _file_path(source)
     elif not isinstance(source, os.PathLike):
         raise InputError(
             "load_image: expected a path, a data: URL, bytes or a PIL image, got "
@@ -96,6 +114,13 @@ def _read(source: object, allow_files: bool) -> tuple[bytes, str]:
             "pass the image as a base64 data: URL"
         )
     return _read_file(Path(source))
+
+
+def _file_path(url: str) -> str:
+    host, path = urlsplit(url)[1:3]
+    if host not in ("", "localhost"):
+        raise InputError(f"load_image: {_short(url)} names another machine, {host!r}; pass a path")
+    return unquote(path)
 
 
 def _read_file(path: Path) -> tuple[bytes, str]:

@@ -133,10 +133,13 @@ def test_limits_of_a_request() -> None:
     assert processor.resize(image, max_pixels=720 * TOKEN).size == (728, 728)
     assert processor.resize(Image.new("RGB", (56, 56)), min_pixels=32 * TOKEN).size == (168, 168)
     assert processor.resize(image, size=(504, 500)).size == (504, 504)
+    assert processor.resize(image, max_pixels=1000).size == (56, 56)  # stage B grows it again
+    assert processor.resize(image, max_pixels=10**9).size == (980, 980)
     for limits in (
         {"min_pixels": 0},
+        {"max_pixels": 0},
+        {"min_pixels": 10**9},
         {"min_pixels": 5000, "max_pixels": 4000},
-        {"max_pixels": 10**9},
     ):
         with pytest.raises(InputError, match="must hold"):
             processor.resize(image, **limits)
@@ -180,6 +183,7 @@ def test_from_pretrained(tmp_path: Path, golden: Path) -> None:
         json.dumps({"max_pixels": 5000, "image_std": [0.5, 0.25, 0.5], "auto_map": {}, "size": 1})
     )
     read = ImageProcessor.from_pretrained(tmp_path, min_pixels=4000)
+    assert read.image_mean == (0.48145466, 0.4578275, 0.40821073)  # the release's processor's own
     assert (read.min_pixels, read.max_pixels, read.image_std) == (4000, 5000, (0.5, 0.25, 0.5))
 
 

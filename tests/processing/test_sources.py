@@ -71,6 +71,29 @@ def test_palette_and_grey_are_expanded() -> None:
     np.testing.assert_array_equal(loaded, np.repeat(np.asarray(grey)[..., None], 3, axis=2))
 
 
+def test_of_16_bit_grey_the_upper_byte_counts() -> None:
+    grey = np.asarray(noise().convert("L"))
+    deep = Image.fromarray((grey.astype(np.uint16) << 8) + 99)
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(load_image(encoded(deep))), expected)
+    np.testing.assert_array_equal(np.asarray(load_image(deep)), expected)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_an_agreed_white_are_refused(mode: str) -> None:
+    with pytest.raises(InputError, match=f"32-bit values \\(mode {mode}\\)"):
+        load_image(Image.new(mode, (4, 4)))
+
+
+def test_file_urls_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a b%.png"
+    noise().save(path)
+    assert load_image(path.as_uri()).size == noise().size
+    assert load_image(path.as_uri().replace("file://", "file://localhost")).size == noise().size
+    with pytest.raises(InputError, match="another machine, 'far'"):
+        load_image("file://far/a.png")
+
+
 def test_exif_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to view
