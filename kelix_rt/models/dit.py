@@ -32,6 +32,8 @@ from kelix_rt.weights import Checkpoint, OnTensor, load_weights
 
 __all__ = ["KelixDiT", "weight_map"]
 
+Layout = tuple[int, int, int | None]  # capacity, grid_length, image_size: see ConditionCache
+
 CONNECTOR_EPS = 1e-5
 TIME_WIDTH = 256
 MODULATIONS = 6  # shift, scale, gate of the self-attention, then of the feed-forward
@@ -128,15 +130,16 @@ class KelixDiT(nn.Module):
         condition: Tensor,
         mask: Tensor | None = None,
         grid_length: int | None = None,
+        image_size: int | None = None,
     ) -> Tensor:
         """One evaluation: latent [B, Cin, h, w] -> velocity (noise - clean) of the same shape.
 
         timestep [B], or one number for all, truncated to integers; condition [B, L, K] or
-        [B, 1, L, K]; mask [B, L] or [B, 1, 1, L], non-zero = real. grid_length: see
+        [B, 1, L, K]; mask [B, L] or [B, 1, 1, L], non-zero = real. grid_length, image_size: see
         `prepare_condition`. The result has the model's dtype. Raises InputError for shapes that do
         not fit and for empty conditions.
         """
-        cache = self.prepare_condition(condition, mask, grid_length)
+        cache = self.prepare_condition(condition, mask, grid_length, image_size=image_size)
         times = torch.as_tensor(timestep)
         if times.dim() == 0:
             times = times.repeat(latent.shape[0])
@@ -148,37 +151,43 @@ class KelixDiT(nn.Module):
         mask: Tensor | None = None,
         grid_length: int | None = None,
         capacity: int | None = None,
+        image_size: int | None = None,
     ) -> ConditionCache:
         """Connector, caption projection and every block's cross-attention keys and values.
 
         Masked tokens are dropped, so rows may have different lengths and padding costs nothing.
-        With rotary cross-attention, positions depend on the padded length (capacity; L when None)
-        and on one token count for the whole batch (grid_length; row 0's when None, as in the
-        release). Without it neither plays a part. Raises InputError as `pack_condition` does.
+        With rotary cross-attention, positions depend on the padded length (capacity; L when None),
+        on one token count for the whole batch (grid_length; row 0's when None, as in the release)
+        and, stretched onto the picture, on its side in pixels (image_size; the config's when
+        None). Without it none plays a part. Raises InputError as `pack_condition` does.
         """
         packed = pack_condition(condition, mask, self.condition_channels)
         tokens = self.connect(packed.tokens.to(device=self.device, dtype=self.dtype))
         capacity = capacity or packed.capacity
         grid_length = grid_length or packed.lengths[0]
-        rotary = self._condition_rotary(capacity, grid_length, tokens.shape[1], packed.index)
-        return self._cache(tokens, packed.lengths, rotary, capacity, grid_length)
+        layout = (capacity, grid_length, image_size)
+        return self._cache(tokens, packed.lengths, layout, packed.index)
 
     def unconditional(
-        self, batch: int, capacity: int | None = None, grid_length: int | None = None
+        self,
+        batch: int,
+        capacity: int | None = None,
+        grid_length: int | None = None,
+        image_size: int | None = None,
     ) -> ConditionCache:
         """The condition of the guidance's other half: the stored embedding, all rows attended.
 
-        At most `capacity` rows (all when None); grid_length as in `prepare_condition`. The
-        embedding is already in caption space and passes no connector. Rows share their memory.
+        At most `capacity` rows (all when None); grid_length and image_size as in
+        `prepare_condition`. The embedding is already in caption space and passes no connector.
+        Rows share their memory.
         """
         rows = self.y_embedding[:capacity].unsqueeze(0)
         length = rows.shape[1]
-        capacity, grid_length = capacity or length, grid_length or length
-        rotary = self._condition_rotary(capacity, grid_length, length, None)
-        one = self._cache(rows, (length,), rotary, capacity, grid_length)
+        layout = (capacity or length, grid_length or length, image_size)
+        one = self._cache(rows, (length,), layout, None)
         keys = tuple(k.expand(batch, -1, -1, -1) for k in one.keys)
         values = tuple(v.expand(batch, -1, -1, -1) for v in one.values)
-        return ConditionCache(keys, values, None, (length,) * batch, capacity, grid_length)
+        return ConditionCache(keys, values, None, (length,) * batch, *layout)
 
     def prepare_modulation(self, timesteps: Tensor) -> Tensor:
         """timesteps [S] -> [6 * depth + 2, S, C]: per block shift, scale, gate twice, then final.
@@ -222,23 +231,23 @@ class KelixDiT(nn.Module):
         self,
         tokens: Tensor,
         lengths: tuple[int, ...],
-        rotary: Rotary | None,
-        capacity: int,
-        grid_length: int,
+        layout: Layout,
+        index: Tensor | None,
     ) -> ConditionCache:
+        rotary = self._condition_rotary(layout, tokens.shape[1], index)
         y = self.normalise_caption(self.project_caption(tokens))
         pairs = [block.cross.keys_values(y, rotary) for block in self.blocks]  # type: ignore[union-attr, operator]
         keys, values = zip(*pairs, strict=True)
         mask = length_mask(lengths, self.device)
-        return ConditionCache(keys, values, mask, lengths, capacity, grid_length)
+        return ConditionCache(keys, values, mask, lengths, *layout)
 
-    def _condition_rotary(
-        self, capacity: int, grid_length: int, length: int, index: Tensor | None
-    ) -> Rotary | None:
+    def _condition_rotary(self, layout: Layout, length: int, index: Tensor | None) -> Rotary | None:
         config = self.config
         if not config.use_cross_attn_rope:
             return None
-        side = config.input_size * config.vae_downsample_rate // PIXELS_PER_CONDITION_TOKEN
+        capacity, grid_length, image_size = layout
+        pixels = image_size or config.input_size * config.vae_downsample_rate
+        side = pixels // PIXELS_PER_CONDITION_TOKEN
         positions = condition_positions(
             capacity, grid_length, side if config.use_position_scale else None
         ).to(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ class ConditionCache:
 
     keys, values: one tensor [B, heads, L, D] per block. mask: [B, 1, 1, L] bool, True where a
     token is real, or None when all rows have L tokens. lengths: real tokens of each row.
-    capacity, grid_length: the padded length and token count its positions were laid out for.
+    capacity, grid_length, image_size: the padded length, token count and side of the picture in
+    pixels (None: the config's) that its positions were laid out for.
     """
 
     keys: tuple[Tensor, ...]
@@ -28,6 +29,7 @@ class ConditionCache:
     lengths: tuple[int, ...]
     capacity: int
     grid_length: int
+    image_size: int | None = None
 
     @property
     def batch(self) -> int:
@@ -43,8 +45,8 @@ class ConditionCache:
 def merge_conditions(caches: Sequence[ConditionCache]) -> ConditionCache:
     """One cache with the rows of all `caches` in order; a single cache is returned as it is.
 
-    Shorter rows are padded with zeros and masked. The result's capacity and grid_length are those
-    of the first cache: they describe no row's positions any more.
+    Shorter rows are padded with zeros and masked. What the result says of positions is of the first
+    cache: it describes no row's any more.
     """
     if len(caches) == 1:
         return caches[0]
@@ -59,7 +61,7 @@ def merge_conditions(caches: Sequence[ConditionCache]) -> ConditionCache:
     values = tuple(join([cache.values[i] for cache in caches]) for i in depth)
     mask = length_mask(lengths, keys[0].device)
     first = caches[0]
-    return ConditionCache(keys, values, mask, lengths, first.capacity, first.grid_length)
+    return replace(first, keys=keys, values=values, mask=mask, lengths=lengths)
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:

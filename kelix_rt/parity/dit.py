@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from kelix_rt.models.dit_blocks import NORM_EPS
 from kelix_rt.models.dit_positions import condition_positions, grid_positions
 from kelix_rt.parity.fixtures import Fixtures
 from kelix_rt.parity.report import Check, relative_rms
-from kelix_rt.stages.render import sample
+from kelix_rt.stages.denoise import Scheduler, sample
 from kelix_rt.stages.schedules import Schedule, flow_dpm, flow_euler, flow_euler_twice_shifted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The frequencies of the timestep come from torch.exp, which differs in the last bit between CPUs:
 # three of 128 so changed move a velocity by 8e-6. On an Intel CPU a golden velocity (tiny_release)
@@ -40,6 +44,24 @@ def run(
     parts = (schedules(golden), _positions(golden, dit), _forward(golden, dit))
     rows = [row for part in parts for row in part]
     return rows + list(_samples(golden, dit)) + list(_dpm(golden, dit))
+
+
+class Layout(TypedDict, total=False):
+    """What rotary positions of a condition were laid out for: see `KelixDiT.prepare_condition`."""
+
+    grid_length: int
+    image_size: int
+
+
+def layout(golden: Fixtures) -> Layout:
+    """As far as the notes tell it: the token count before truncation, the side of the picture."""
+    call = golden.notes.get("pos_args_call") or {}
+    known: Layout = {}
+    if call.get("token_embed_lengths"):
+        known["grid_length"] = int(call["token_embed_lengths"][0])
+    if call.get("image_size"):
+        known["image_size"] = int(call["image_size"])
+    return known
 
 
 def _shift(golden: Fixtures) -> float:
@@ -99,14 +121,19 @@ def _forward(golden: Fixtures, dit: KelixDiT) -> Iterator[Check]:
         "t_block": dit.block_time(time),
         "x_embed": dit.embed_latent(latent),
     }
-    watched, velocity = _watch(dit, latent, timestep, condition, mask)
+    watched, velocity = _watch(dit, latent, timestep, condition, mask, **layout(golden))
     for name, value in {**steps, **watched}.items():
         yield from golden.close(f"fwd.{name}", value, INTERMEDIATE)
     yield from golden.close("fwd.velocity", velocity, VELOCITY)
 
 
 def _watch(
-    dit: KelixDiT, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor
+    dit: KelixDiT,
+    latent: Tensor,
+    timestep: Tensor,
+    condition: Tensor,
+    mask: Tensor,
+    **layout: Unpack[Layout],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One velocity and what passes inside; blocks overwrite their input, so all is copied."""
     seen: dict[str, Tensor] = {}
@@ -126,7 +153,7 @@ def _watch(
     handles += [keep(f"block.{i}", block) for i, block in enumerate(dit.blocks)]
     handles += [keep("final_layer", dit.final), first.register_forward_pre_hook(normed)]
     try:
-        velocity = dit.velocity(latent, timestep, condition, mask)
+        velocity = dit.velocity(latent, timestep, condition, mask, **layout)
     finally:
         for handle in handles:
             handle.remove()
@@ -140,7 +167,7 @@ def _samples(golden: Fixtures, dit: KelixDiT) -> Iterator[Check]:
         if match is None:
             continue
         cfg = float(match.group(1))
-        latents = _sample(golden, dit, len(golden[key]), cfg, "euler")
+        latents = _sample(golden, dit, golden[key], cfg, "euler")
         yield from golden.close(key, latents, EULER)
         rounded = f"{key}_bf16run"
         if rounded in golden:
@@ -150,39 +177,51 @@ def _samples(golden: Fixtures, dit: KelixDiT) -> Iterator[Check]:
 
 def _dpm(golden: Fixtures, dit: KelixDiT) -> Iterator[Check]:
     if "dpm.latents" in golden:
-        latents = _sample(golden, dit, len(golden["dpm.latents"]), 1.0, "dpm++")
+        latents = _sample(golden, dit, golden["dpm.latents"], 1.0, "dpm++")
         yield from golden.close("dpm.latents", latents, DPM)
 
 
-def _sample(golden: Fixtures, dit: KelixDiT, steps: int, cfg: float, scheduler: str) -> Tensor:
+def _sample(
+    golden: Fixtures, dit: KelixDiT, wanted: Tensor, cfg: float, scheduler: Scheduler
+) -> Tensor:
+    """The latent after every step, as `wanted` has them: [S * B, C, h, w] or [S, B, C, h, w]."""
+    start = golden["sample.latent0"]
     latents = sample(
         dit,
         golden["sample.cond_embeds"],
         golden["sample.mask"],
-        golden["sample.latent0"],
-        steps,
+        start,
+        wanted.numel() // start.numel(),
         cfg,
         _shift(golden),
-        "dpm++" if scheduler == "dpm++" else "euler",
+        scheduler,
+        **layout(golden),
     )
-    return latents.flatten(0, 1)
+    return latents if wanted.dim() > start.dim() else latents.flatten(0, 1)
 
 
 def _velocities(golden: Fixtures, dit: KelixDiT, cfg: str) -> Iterator[Check]:
     """The velocity at every latent of the golden trajectory, so that errors do not add up."""
     prefix = f"sample.cfg{cfg}"
-    latents = torch.cat((golden["sample.latent0"], golden[f"{prefix}.latents"][:-1]))
-    steps = len(latents)
-    modulation = dit.prepare_modulation(flow_euler(steps, _shift(golden)).timesteps)
-    condition = dit.prepare_condition(golden["sample.cond_embeds"], golden["sample.mask"])
+    start = golden["sample.latent0"]
+    visited = golden[f"{prefix}.latents"].reshape(-1, *start.shape)
+    latents = torch.cat((start.unsqueeze(0), visited[:-1]))
+    modulation = dit.prepare_modulation(flow_euler(len(latents), _shift(golden)).timesteps)
+    condition = dit.prepare_condition(
+        golden["sample.cond_embeds"], golden["sample.mask"], **layout(golden)
+    )
+    rows = condition.batch
     caches = {
         "v_cond": condition,
-        "v_uncond": dit.unconditional(1, condition.capacity, condition.grid_length),
+        "v_uncond": dit.unconditional(
+            rows, condition.capacity, condition.grid_length, condition.image_size
+        ),
     }
     for name, cache in caches.items():
         if f"{prefix}.{name}" in golden:
-            rows = [
-                dit.forward_cached(latents[i : i + 1], modulation[:, i : i + 1], cache)
-                for i in range(steps)
+            steps = [
+                dit.forward_cached(latent, modulation[:, i : i + 1].expand(-1, rows, -1), cache)
+                for i, latent in enumerate(latents)
             ]
-            yield from golden.close(f"{prefix}.{name}", torch.cat(rows), VELOCITY)
+            join = torch.stack if golden[f"{prefix}.{name}"].dim() > start.dim() else torch.cat
+            yield from golden.close(f"{prefix}.{name}", join(steps), VELOCITY)

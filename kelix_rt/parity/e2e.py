@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kelix_rt.models.vae import decode, to_uint8
-from kelix_rt.parity.dit import EULER, schedules
+from kelix_rt.models.dit import KelixDiT
+from kelix_rt.models.vae import decode, load_vae, to_uint8
+from kelix_rt.parity.dit import EULER, layout, schedules
 from kelix_rt.parity.fixtures import Fixtures, compare_pixels
 from kelix_rt.parity.report import Check
 from kelix_rt.parity.vae import DECODED
-from kelix_rt.stages.render import RenderStage, sample
+from kelix_rt.stages.denoise import sample
 
 
 def run(
@@ -24,27 +26,29 @@ def run(
 ) -> list[Check]:
     """Checks one golden directory; fixtures that are absent give no row."""
     directory = Path(path)
-    stage = RenderStage.from_pretrained(directory / "dit", directory / "vae", device, dtype)
-    golden = Fixtures(directory, device, stage.dit.dtype)
+    dit = KelixDiT.from_pretrained(directory / "dit", device, dtype)
+    vae = load_vae(directory / "vae", device, dit.dtype)
+    golden = Fixtures(directory, device, dit.dtype)
     rows = list(schedules(golden, sampled=""))
     names = sorted({m.group(0) for k in golden.tensors if (m := re.match(r"cfg[\d.]*\d", k))})
     for name in names:
-        rows += _image(golden, stage, name, directory / f"image_{name}.png")
+        rows += _image(golden, dit, vae, name, directory / f"image_{name}.png")
     return rows
 
 
-def _image(golden: Fixtures, stage: RenderStage, name: str, picture: Path) -> Iterator[Check]:
+def _image(golden: Fixtures, dit: KelixDiT, vae: Any, name: str, picture: Path) -> Iterator[Check]:
     latents = sample(
-        stage.dit,
+        dit,
         golden["cond_embeds"],
         golden["mask"],
         golden["latent0"],
         len(golden["timesteps"]),
         cfg=float(name.removeprefix("cfg")),
         shift=float(golden.notes.get("flow_shift", 3.0)),
+        **layout(golden),
     )
     yield from golden.close(f"{name}.latents", latents.flatten(0, 1), EULER)
-    pixels = decode(stage.vae.module, latents[-1])
+    pixels = decode(vae, latents[-1])
     yield from golden.close(f"{name}.decoded", pixels, DECODED)
     image = to_uint8(pixels)[0]
     yield from golden.pixels(f"{name}.image_uint8", image)

@@ -23,6 +23,7 @@ from kelix_rt.stages.schedules import Schedule, dpm_coefficients, flow_dpm, flow
 
 Scheduler = Literal["euler", "dpm++"]
 _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {"euler": flow_euler, "dpm++": flow_dpm}
+_UnconditionalKey = tuple[int, int, int | None, int | None]
 KEPT_STEPS = 200  # steps of the schedules that are kept between drawings, four of 50
 
 
@@ -100,7 +101,7 @@ class Denoiser:
         self._plans: dict[tuple[str, int, float], _Plan] = {}
         self._batches: dict[tuple[object, ...], _Batch] = {}
         # Kept as long as a guided state that uses it, and no longer.
-        self._unconditional: WeakValueDictionary[tuple[int, int, int | None], ConditionCache] = (
+        self._unconditional: WeakValueDictionary[_UnconditionalKey, ConditionCache] = (
             WeakValueDictionary()
         )
 
@@ -131,7 +132,8 @@ class Denoiser:
     def _uncond(self, condition: ConditionCache) -> ConditionCache:
         """The guidance's other half, made once for all drawings in flight that it fits."""
         rotary = self.dit.config.use_cross_attn_rope
-        key = (condition.batch, condition.capacity, condition.grid_length if rotary else None)
+        grid = condition.grid_length if rotary else None
+        key = (condition.batch, condition.capacity, grid, condition.image_size)
         known = self._unconditional.get(key)
         if known is None:
             known = self._unconditional[key] = self.dit.unconditional(*key)
@@ -276,17 +278,19 @@ def sample(
     shift: float = 3.0,
     scheduler: Scheduler = "euler",
     callback: Callable[[int, Tensor], None] | None = None,
+    grid_length: int | None = None,
+    image_size: int | None = None,
 ) -> Tensor:
     """Denoises latent [B, C, h, w] and returns it after every step, [steps, B, C, h, w] float32.
 
-    condition, mask: as in `KelixDiT.velocity`. cfg 1 runs no unconditional half; otherwise the
-    velocity is u + cfg * (c - u), u coming from the stored unconditional embedding, at most as
-    long as the padded condition. callback(index, latent) follows every step. Raises InputError.
+    condition, mask, grid_length, image_size: as in `KelixDiT.velocity`. cfg 1 runs no unconditional
+    half; otherwise the velocity is u + cfg * (c - u), u coming from the stored unconditional
+    embedding, at most as long as the padded condition. callback(index, latent) follows every step.
+    Raises InputError.
     """
     denoiser = Denoiser(dit)
-    state = denoiser.start(
-        dit.prepare_condition(condition, mask), latent, steps, cfg, shift, scheduler
-    )
+    cache = dit.prepare_condition(condition, mask, grid_length, image_size=image_size)
+    state = denoiser.start(cache, latent, steps, cfg, shift, scheduler)
     visited = []
     while not state.done:
         denoiser.step([state])

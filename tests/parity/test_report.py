@@ -14,6 +14,14 @@ def test_max_abs() -> None:
     assert (check.error, check.ok, check.note) == (0.5, False, "note")
 
 
+def test_large_values_may_differ_by_units_in_the_last_place() -> None:
+    want = torch.tensor([1.0, 1024.0])
+    unit = 2.0**-13
+    assert max_abs("x", want + 8 * unit, want, 1e-5).ok
+    assert not max_abs("x", want + 9 * unit, want, 1e-5).ok
+    assert not max_abs("x", want + unit, want, 0.0).ok
+
+
 def test_nan_never_passes() -> None:
     want = torch.tensor([1.0, 2.0])
     got = torch.tensor([1.0, float("nan")])
