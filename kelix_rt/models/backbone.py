@@ -29,10 +29,11 @@ from kelix_rt.weights import Source
 def rope_table(config: QwenConfig, device: torch.device | str = "cpu") -> Tensor:
     """cos | sin of every position, [max_seq_len, head_dim] float32.
 
-    Angles are float32 products as in the release, so long positions carry the same roundings.
+    Angles are float32 products as in the release, so long positions carry the same roundings. The
+    frequencies are those of the CPU: a GPU's power is another in the last place of some.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    frequencies = 1.0 / config.rope_base ** (half / config.head_dim)
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = (1.0 / config.rope_base ** (half / config.head_dim)).to(device)
     positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = positions.unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
