@@ -22,11 +22,12 @@ class Calls(Loop):
             del self._mail[number]
 
     def collect(self, request_id: int) -> Iterator[Event]:
-        """The events of one request until its last one, running steps as needed.
+        """The events of one request until its last one, running steps as needed; those of steps
+        that other calls ran come first.
 
         Leaving the iterator early aborts the request.
         """
-        mail = self._mail[request_id] = deque()
+        mail = self._open(request_id)
         try:
             while True:
                 while not mail:
@@ -41,7 +42,7 @@ class Calls(Loop):
     def run_to_end(self, request_ids: Items[int]) -> list[RequestDone | RequestFailed]:
         """Runs until these requests have ended; their last events, in the order given."""
         for number in request_ids:
-            self._mail[number] = deque()
+            self._open(number)
         ended: dict[int, RequestDone | RequestFailed] = {}
         try:
             for number in request_ids:
@@ -55,6 +56,14 @@ class Calls(Loop):
         finally:
             self.discard(request_ids)
         return [ended[number] for number in request_ids]
+
+    def _open(self, request_id: int) -> deque[Event]:
+        """The events of a request from now on, and those that nobody has read yet."""
+        own = (event for event in self._unread if event.request_id == request_id)
+        mail = self._mail[request_id] = deque(own)
+        others = [event for event in self._unread if event.request_id != request_id]
+        self._unread = deque(others)
+        return mail
 
     def _run_for(self, request_id: int) -> None:
         if request_id not in self._requests and request_id not in self._jobs:

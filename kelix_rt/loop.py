@@ -230,7 +230,7 @@ class Loop:
                 continue
             sequence.blocks_done = time.perf_counter()
             if sequence.draws:
-                self._start_render(sequence)
+                self.scheduler.start_render(sequence)
             else:
                 self._finish(sequence)
         self._forget_flight()
@@ -241,16 +241,19 @@ class Loop:
         ids = tuple(block.tolist())
         self._emit(BlockEvent(sequence.request_id, sequence.generated - 1, ids))
 
-    def _start_render(self, sequence: Sequence) -> None:
+    def _start_render(self, sequence: Sequence) -> bool:
+        """Whether a drawing could be begun; its failure is nobody else's. It begins with its first
+        step, because a condition for the DiT takes much more memory than the states it is of."""
         try:
             self.runner.start_render(sequence)
-        except Exception as error:  # one request's condition; the others of the step are fine
+        except Exception as error:
             self._fail(sequence, error)
-        else:
-            self.scheduler.start_render(sequence)
+            return False
+        return True
 
     def _run_render(self, plan: RenderPlan) -> None:
-        for sequence, (step, steps) in self.runner.run_render(plan):
+        ready = [one for one in plan.sequences if one.render_state or self._start_render(one)]
+        for sequence, (step, steps) in self.runner.run_render(ready) if ready else ():
             self._emit(ImageProgress(sequence.request_id, step, steps))
             if step == steps:
                 self.scheduler.finish_render(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,6 @@ from kelix_rt.memory import cache_dtype
 from kelix_rt.models.backbone import PagedKV
 from kelix_rt.models.condition import find_condition
 from kelix_rt.offload import Offloaded
-from kelix_rt.plans import RenderPlan
 from kelix_rt.sequence import Sequence
 from kelix_rt.stages.encode import EncodeStage
 from kelix_rt.stages.generate import GenerateStage
@@ -215,10 +215,10 @@ class Runner:
         sequence.condition_length = min(len(condition), self.max_condition_length)
         sequence.render_state = self.render_stage().start(condition, sequence.render)
 
-    def run_render(self, plan: RenderPlan) -> list[tuple[Sequence, tuple[int, int]]]:
+    def run_render(self, sequences: Items[Sequence]) -> list[tuple[Sequence, tuple[int, int]]]:
         """One denoise step of each request; (steps taken, steps in all) with it."""
-        self.render_stage().step([sequence.render_state for sequence in plan.sequences])
-        states = [(sequence, sequence.render_state) for sequence in plan.sequences]
+        states = [(sequence, sequence.render_state) for sequence in sequences]
+        self.render_stage().step([state for _, state in states])
         return [(sequence, (state.index, state.steps)) for sequence, state in states]
 
     def start_picture(self, sequence: Sequence) -> Callable[[], Image]:

@@ -136,7 +136,7 @@ class Scheduler:
                     self.pool.commit(sequence.handle, sequence.rows[:full])
 
     def start_render(self, sequence: Sequence) -> None:
-        """Moves a sequence whose condition is ready to the denoise queue; frees its pages."""
+        """Moves a sequence whose blocks are all there to the denoise queue; frees its pages."""
         self.remove(sequence)
         self.rendering.append(sequence)
 

@@ -269,6 +269,24 @@ def test_a_refused_prompt_leaves_no_events_of_those_before_it(golden: Path) -> N
     assert engine.step() == []
 
 
+def test_events_that_wait_are_given_to_who_asks_for_them(golden: Path) -> None:
+    """Steps that other calls ran may have ended a request, or brought it half way."""
+    path = golden / "llm" / "tiny_a"
+    engine = load_engine(path)
+    ended, half = (
+        engine.add_request(golden_prompt(path, "gen0")[0], golden_sampling(path)) for _ in range(2)
+    )
+    engine.run_to_end([ended])
+    later = engine.add_request(golden_prompt(path, "gen0")[0], golden_sampling(path))
+    for number in (half, later):
+        events = list(engine.collect(number))
+        blocks = [event.ids for event in events if isinstance(event, BlockEvent)]
+        np.testing.assert_array_equal(blocks, golden_blocks(path, "gen0"))
+        assert isinstance(events[-1], RequestDone)
+    assert engine.step() == []
+    assert_idle(engine)
+
+
 def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
     path = golden / "llm" / "tiny_a"
     engine = load_engine(path)

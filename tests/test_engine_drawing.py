@@ -247,6 +247,21 @@ def test_an_exception_while_rendering_fails_the_drawing_alone(
     assert_idle(engine)
 
 
+def test_waiting_drawings_take_no_memory_of_the_dit(engine: Engine, path: Path) -> None:
+    """Conditions are made for the drawings that are being drawn, however many wait."""
+    prompt = fixtures(path)["cond/prompt_ids2d"]
+    quick = SamplingParams(temperature=0.0, max_blocks=6)
+    numbers = [engine.add_request(prompt, quick, render=QUICK) for _ in range(20)]
+    live, done = [], 0
+    while engine.has_work:
+        done += sum(isinstance(event, RequestDone) for event in engine.step())
+        states = [one.render_state for one in engine._requests.values()]
+        live.append(sum(state is not None for state in states))
+    assert done == len(numbers)
+    assert max(live) == engine.scheduler.max_render_batch
+    assert_idle(engine)
+
+
 def test_a_dit_without_vae_is_refused(golden: Path, path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no vae="):
         load_engine(path, dit=golden / "e2e_dit" / "dit")
