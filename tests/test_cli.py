@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def test_encode_prints_and_saves_the_codes(
     assert f"{len(codes)} blocks of 8 codes" in table.out
     assert table.out.splitlines()[2].split() == ["0", *map(str, codes[0])]
     assert np.array_equal(np.load(tmp_path / "codes.npy"), codes)
+    assert kelix("encode", PHOTO, "-m", model, "-o", tmp_path / "upper.NPY").code == 0
+    assert np.array_equal(np.load(tmp_path / "upper.NPY"), codes)
     found = json.loads(kelix("encode", PHOTO, "-m", model, "-o", tmp_path / "c.json", "--json").out)
     assert found == {"grid": list(expected.grid), "codes": codes.tolist()}
     assert json.loads((tmp_path / "c.json").read_text()) == found
@@ -213,6 +216,22 @@ def test_expected_errors_are_one_line(
     assert len(lines) == 1
     assert text in lines[0]
     assert "Traceback" not in result.err
+
+
+def test_a_file_that_cannot_be_written_is_one_line(kelix, model: Path, tmp_path: Path) -> None:
+    result = kelix("encode", PHOTO, "-m", model, "-o", tmp_path / ("x" * 300 + ".npy"))
+    assert result.code == 2 and result.err.startswith("error: ") and "too long" in result.err
+
+
+def test_json_is_plain_where_the_terminal_is_not_utf_8() -> None:
+    code = "from kelix_rt.cli.output import print_json; print_json({'name': '\u2603'})"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout) == {"name": "\u2603"}
 
 
 def test_info_shows_the_installation_and_the_ledger(kelix, model: Path) -> None:

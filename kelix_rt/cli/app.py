@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 import typer
@@ -28,8 +30,11 @@ app.command("parity")(parity.run_parity)
 
 def run(args: Sequence[str] | None) -> None:
     """`kelix_rt.cli.main`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no answer is lost to a terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=None if args is None else list(args), prog_name="kelix")
-    except KelixError as error:
+    except (KelixError, OSError) as error:  # the disk is full, a file cannot be written, ...
         print_error(error)
         raise SystemExit(2) from None

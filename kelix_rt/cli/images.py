@@ -42,7 +42,8 @@ def encode(
     table = codes.codes.cpu().numpy()
     facts = {"grid": list(codes.grid), "codes": table.tolist()}
     if out is not None and out.suffix.lower() == ".npy":
-        np.save(out, table)
+        with out.open("wb") as file:  # np.save would add .npy to a name that ends in .NPY
+            np.save(file, table)
     elif out is not None:
         out.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     if as_json:

@@ -34,7 +34,8 @@ def stderr() -> Console:
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of stdout; NaN and infinity become null, as JSON has neither."""
-    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+    plain = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=plain) + "\n")
 
 
 def _finite(value: Any) -> Any:
