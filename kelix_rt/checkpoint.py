@@ -39,9 +39,10 @@ class Checkpoint:
     """The tensors of one directory (or one .safetensors file), opened lazily and by name.
 
     A directory holds `model.safetensors`, or an index next to its shards, or shards numbered from 0
-    or 1 without an index (`diffusion_pytorch_model` likewise); other .safetensors files are not
-    touched. `renames` are (regular expression, replacement) pairs turning stored names of older
-    checkpoints into today's. Raises WeightError for absent, damaged or contradictory files.
+    or 1 without an index (`diffusion_pytorch_model` likewise); other .safetensors files are read
+    where there is none of these. `renames` are (regular expression, replacement) pairs turning
+    stored names of older checkpoints into today's. Raises WeightError for absent, damaged or
+    contradictory files.
     """
 
     def __init__(self, path: str | Path, renames: Renames = ()) -> None:
@@ -125,7 +126,10 @@ def _find_files(path: Path, index: dict[str, str]) -> list[Path]:
         if shards:
             _check_numbering(path, stem, shards)
             return shards
-    raise WeightError(f"{path} holds no model.safetensors, no index and no numbered shards")
+    others = sorted(path.glob("*.safetensors"))
+    if not others:
+        raise WeightError(f"{path} holds no .safetensors file; its weights must lie there")
+    return others
 
 
 def _read_index(listing: Path) -> dict[str, str]:
@@ -149,18 +153,18 @@ def _check_numbering(path: Path, stem: str, shards: Sequence[Path]) -> None:
 
 
 def resolve(model: str | Path, progress: bool = True) -> Path:
-    """The local directory of `model`: "kelix-tiny", which ships with the package, a path, or a
-    Hugging Face hub id, which is downloaded.
+    """The local directory of `model`, absolute: the string "kelix-tiny", which ships with the
+    package, a path, or a Hugging Face hub id, which is downloaded.
 
     progress: show huggingface_hub's own progress bars. Raises WeightError when it is none of them,
     or when the download fails.
     """
-    own = bundled(str(model))
+    own = bundled(model)
     if own is not None:
         return own
     path = Path(model).expanduser()
-    if path.exists():
-        return path
+    if _exists(path):
+        return path.absolute()
     if not _HUB_ID.fullmatch(str(model)):
         raise WeightError(
             f"{model} is neither an existing path nor a hub id (owner/name) nor {BUNDLED}"
@@ -177,3 +181,10 @@ def resolve(model: str | Path, progress: bool = True) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=list(_HUB_FILES), tqdm_class=bar))
     except Exception as error:  # the hub client raises many unrelated types
         raise WeightError(f"{model}: download from the hub failed: {error}") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system
+        return False

@@ -34,6 +34,9 @@ __all__ = [
 Quantization: TypeAlias = Literal["int8"] | None
 
 
+MAX_LINEAR_HEAD = 256  # relu_linear_attention's
+
+
 @dataclass(frozen=True)
 class SanaConfig(JsonConfig):
     """The image de-tokenizer: a linear-attention diffusion transformer (SANA, Xie et al. 2024)."""
@@ -85,6 +88,9 @@ class SanaConfig(JsonConfig):
         self.require(width % self.num_heads == 0, "num_heads", f"divide hidden_size {width}")
         if self.attn_type == "linear":
             self.require(width % head == 0, "linear_head_dim", f"divide hidden_size {width}")
+            self.require(
+                head <= MAX_LINEAR_HEAD, "linear_head_dim", f"be at most {MAX_LINEAR_HEAD}"
+            )
         self.require(len(self.mlp_acts) == 3, "mlp_acts", "have 3 entries")
         if self.use_cross_attn_rope:
             self.require(
@@ -179,6 +185,11 @@ class EngineConfig(JsonConfig):
 
 
 ModelConfig = KelixConfig | TokenizerConfig | SanaConfig | dict[str, Any]
+# Those of diffusers' AutoencoderDC, for what the runtime reads itself.
+_AUTOENCODER_DEFAULTS: dict[str, Any] = {
+    "latent_channels": 32,
+    "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+}
 _CLASSES: dict[str, type[KelixConfig | TokenizerConfig | SanaConfig]] = {
     "KeyeARConfig": KelixConfig,
     "KeyeTokenizerConfig": TokenizerConfig,
@@ -189,7 +200,8 @@ _CLASSES: dict[str, type[KelixConfig | TokenizerConfig | SanaConfig]] = {
 def read_config(path: str | Path) -> ModelConfig:
     """Reads `config.json` (or a directory that holds it); its `__class__` picks the config class.
 
-    Diffusers configs (`_class_name`, the VAE) come back as the dict they are. Raises ConfigError.
+    Diffusers configs (`_class_name`, the VAE) come back as the dict they are, with diffusers' own
+    defaults of what an old one lacks and is read here. Raises ConfigError.
     """
     file = Path(path)
     if file.is_dir():
@@ -201,7 +213,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"read_config: {file} must hold a JSON object")
     if "_class_name" in data:
-        return data
+        return {**_AUTOENCODER_DEFAULTS, **data}
     name = data.get("__class__")
     if name not in _CLASSES:
         known = ", ".join([*_CLASSES, "or a diffusers _class_name"])

@@ -83,7 +83,7 @@ def checkpoint(
     too. Raises InputError for a path that is no directory, ConfigError or WeightError for one that
     is no checkpoint.
     """
-    directory = bundled(str(path)) or Path(path).expanduser()
+    directory = bundled(path) or Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(f"info: {path} is not a directory; a hub id has to be downloaded first")
     parts = [directory / name for name in ("dit", "vae") if (directory / name).is_dir()]

@@ -88,10 +88,11 @@ def _image_ids(prompt: Prompt, placeholders: int, config: KelixConfig) -> np.nda
         if prompt.pixel_values is not None:
             raise InputError("prompt: give either image_ids or pixel_values, not both")
         values = integer_array("image_ids", prompt.image_ids)
-        if values.size and values.min() < text_vocab:
+        first = values[:, :1] if values.ndim == 2 else values  # a row is visual by its first id
+        if first.size and first.min() < text_vocab:
             raise InputError(
-                f"image_ids must be ids of visual codes (at least vocab_size {text_vocab}; code c "
-                f"of sub-codebook j is {text_vocab} + j*K + c), got {values.min()}"
+                f"image_ids must begin with ids of visual codes (at least vocab_size {text_vocab}; "
+                f"code c of sub-codebook j is {text_vocab} + j*K + c), got {first.min()}"
             )
         return values
     if (prompt.pixel_values is None) != (prompt.image_grid_thw is None):

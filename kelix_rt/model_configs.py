@@ -91,6 +91,13 @@ class QwenConfig(JsonConfig):
             "vision_end_token_id",
         ):
             value = getattr(self, name)
+            if (
+                value is not None
+                and value == getattr(QwenConfig, name)
+                and value >= self.vocab_size
+            ):
+                object.__setattr__(self, name, None)  # a larger vocabulary's id: it never occurs
+                continue
             self.require(
                 value is None or 0 <= value < self.vocab_size,
                 name,

@@ -176,7 +176,7 @@ class RenderParams:
                 _check_integer(owner, name, value, 1, 1 << 16)
         _check_integer(owner, "steps", self.steps, 1, 1000)
         _check_number(owner, "cfg", self.cfg, 0.0, 100.0)
-        _check_number(owner, "shift", self.shift, 0.0, 1000.0, open_low=True)
+        _check_number(owner, "shift", self.shift, 1e-3, 1000.0)  # float32 loses one near 0
         if self.scheduler not in ("euler", "dpm++"):
             raise InputError(
                 f"{owner}.scheduler must be 'euler' or 'dpm++', got {self.scheduler!r}"

@@ -114,7 +114,7 @@ def language_dtype(directory: Path) -> torch.dtype:
 
 
 def _directory(model: str | Path) -> Path:
-    directory = bundled(str(model)) or Path(model).expanduser()
+    directory = bundled(model) or Path(model).expanduser()
     if not directory.is_dir():
         raise InputError(f"plan: {model} is not a directory; a hub id has to be downloaded first")
     return directory

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kelix_rt.assets import bundled
 from kelix_rt.checkpoint import Checkpoint, resolve
 from kelix_rt.errors import WeightError
 
@@ -35,6 +36,14 @@ def test_single_file_beside_other_safetensors(tmp_path: Path) -> None:
     save_file({"c": torch.zeros(1)}, str(tmp_path / "fixtures.safetensors"))
     check(Checkpoint(tmp_path))
     check(Checkpoint(tmp_path / "model.safetensors"))
+
+
+def test_files_under_other_names(tmp_path: Path) -> None:
+    with pytest.raises(WeightError, match=r"no \.safetensors file"):
+        Checkpoint(tmp_path)
+    save(tmp_path / "one.safetensors", "a")
+    save(tmp_path / "two.safetensors", "b")
+    check(Checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -92,8 +101,15 @@ def test_renames(tmp_path: Path) -> None:
         checkpoint.read("a")
 
 
-def test_resolve(tmp_path: Path) -> None:
+def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(tmp_path) == tmp_path
+    with pytest.raises(WeightError, match="neither"):
+        resolve("x" * 300)
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "kelix-tiny"
+    own.mkdir()
+    assert resolve("./kelix-tiny") == resolve(Path("kelix-tiny")) == own  # not the bundled one
+    assert resolve("kelix-tiny") == bundled("kelix-tiny") != own
     with pytest.raises(WeightError, match="neither an existing path nor a hub id"):
         resolve(tmp_path / "no" / "such" / "place")
     with pytest.raises(WeightError, match="neither"):

@@ -48,6 +48,13 @@ def test_unreadable_configs_are_named(tmp_path: Path, content: str, message: str
     assert "config.json" in str(caught.value)
 
 
+def test_old_autoencoder_configs_take_the_defaults_of_diffusers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC", "latent_channels": 4}')
+    config = read_config(tmp_path)
+    assert isinstance(config, dict)
+    assert config["latent_channels"] == 4 and len(config["decoder_block_out_channels"]) == 6
+
+
 def test_absent_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(tmp_path)
@@ -57,6 +64,7 @@ def test_absent_config(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"linear_head_dim": 33}, "linear_head_dim must divide"),
+        ({"linear_head_dim": 320}, "linear_head_dim must be at most 256"),
         ({"num_heads": 9}, "num_heads must divide"),
         ({"mlp_acts": ["silu"]}, "mlp_acts must have 3 entries"),
         ({"use_connector": True}, "connector_channels must be set"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from kelix_rt.config import KelixConfig, read_config
 from kelix_rt.errors import InputError
-from kelix_rt.intake import derive_seed, integer_array
+from kelix_rt.intake import derive_seed, integer_array, prompt_rows
+from kelix_rt.models.expand import expand_ids
+from kelix_rt.request import Prompt
 
 
 def test_derived_seeds_are_positive_different_and_repeatable() -> None:
@@ -33,3 +39,21 @@ def test_integers_come_in_many_containers(value: object) -> None:
 def test_anything_else_is_refused_by_name(value: object) -> None:
     with pytest.raises(InputError, match="ids must be"):
         integer_array("ids", value)
+
+
+def test_image_rows_are_visual_by_their_first_id(golden: Path) -> None:
+    """Behind it any id of the model may stand, as in the release."""
+    config = read_config(golden / "llm" / "tiny_a")
+    assert isinstance(config, KelixConfig)
+    qwen = config.qwen_config
+    row = [qwen.vocab_size + book * qwen.codes_per_book for book in range(config.num_codes)]
+    expand = partial(expand_ids, config=config)
+    for last, first in ((5, row[0]), (row[-1], 5)):
+        image = [[first, *row[1:-1], last]]
+        prompt = Prompt([1, qwen.image_token_id], image)
+        if first == row[0]:
+            rows, placed = prompt_rows(prompt, config, expand)
+            assert rows[1, :-1].tolist() == image[0] and placed.tolist() == [False, True]
+        else:
+            with pytest.raises(InputError, match="image_ids must begin with ids of visual codes"):
+                prompt_rows(prompt, config, expand)

@@ -60,3 +60,12 @@ def test_impossible_combinations_name_the_field(
     place[leaf] = value
     with pytest.raises(ConfigError, match=message):
         KelixConfig.from_json(data)
+
+
+def test_default_ids_beyond_a_small_vocabulary_never_occur(golden: Path) -> None:
+    data = language(golden)
+    names = ("eos_token_id", "vision_start_token_id", "vision_end_token_id")
+    for name in names:
+        del data["qwen_config"][name]
+    qwen = KelixConfig.from_json(data).qwen_config
+    assert [getattr(qwen, name) for name in names] == [None, None, None]

@@ -50,6 +50,7 @@ def test_parameters_are_immutable_and_drawing_is_greedy() -> None:
         {"cfg": -1.0},
         {"cfg": float("nan")},
         {"shift": 0.0},
+        {"shift": 1e-20},
         {"height": 0},
         {"width": -32},
         {"scheduler": "ddim"},

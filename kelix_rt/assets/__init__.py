@@ -10,6 +10,7 @@ PHOTO = _FOLDER / "photo.jpg"
 SCENE = _FOLDER / "scene.png"
 
 
-def bundled(name: str) -> Path | None:
-    """Directory of the checkpoint that ships under this name; None for every other name."""
+def bundled(name: str | Path) -> Path | None:
+    """Directory of the checkpoint that ships under this name; None for every other name, and for a
+    Path: that is a directory of the caller's, whatever it is called."""
     return _FOLDER / BUNDLED if name == BUNDLED else None

@@ -36,11 +36,13 @@ class Schedule:
         return len(self.timesteps)
 
 
-def _check(name: str, steps: int, shift: float) -> None:
+def _checked(name: str, steps: int, shift: float) -> float:
+    """The shift as a Python number: one of numpy's would make the arithmetic float64."""
     if steps < 1:
         raise InputError(f"{name}: steps must be at least 1, got {steps}")
     if not (math.isfinite(shift) and shift > 0):
         raise InputError(f"{name}: shift must be finite and above 0, got {shift}")
+    return float(shift)
 
 
 def _ending_at_zero(sigmas: np.ndarray) -> Schedule:
@@ -55,7 +57,7 @@ def flow_euler(steps: int, shift: float = 3.0) -> Schedule:
     and the rest is float32. Raises InputError for
     steps < 1 or a shift that is not a positive number.
     """
-    _check("flow_euler", steps, shift)
+    shift = _checked("flow_euler", steps, shift)
     raw = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     return _ending_at_zero(shift * raw / (1 + (shift - 1) * raw))
 
@@ -65,7 +67,7 @@ def flow_euler_twice_shifted(steps: int, shift: float = 3.0) -> Schedule:
 
     Its ends are already shifted, in float32, and the whole grid is shifted again, in float64.
     """
-    _check("flow_euler_twice_shifted", steps, shift)
+    shift = _checked("flow_euler_twice_shifted", steps, shift)
     ends = torch.tensor([TRAIN_STEPS, 1.0]) / TRAIN_STEPS
     highest, lowest = (shift * ends / (1 + (shift - 1) * ends)).tolist()
     raw = np.linspace(TRAIN_STEPS * highest, TRAIN_STEPS * lowest, steps) / TRAIN_STEPS
@@ -74,7 +76,7 @@ def flow_euler_twice_shifted(steps: int, shift: float = 3.0) -> Schedule:
 
 def flow_dpm(steps: int, shift: float = 3.0) -> Schedule:
     """The grid of DPM-Solver++: uniform in time from 0.999 to 0, shifted, float32 throughout."""
-    _check("flow_dpm", steps, shift)
+    shift = _checked("flow_dpm", steps, shift)
     line = 1 - torch.linspace(1, 0.001, steps + 1, dtype=torch.float32)
     sigmas = (shift * line / (1 + (shift - 1) * line)).flip(0)
     return Schedule(sigmas, sigmas[:-1] * TRAIN_STEPS)

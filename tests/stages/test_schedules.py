@@ -33,6 +33,11 @@ def test_truncated_timesteps(steps: int) -> None:
     assert got == [int(n) for n in INTEGERS[steps].split()]
 
 
+def test_numbers_of_numpy_change_no_bit() -> None:
+    for make in (flow_euler, flow_euler_twice_shifted, flow_dpm):
+        assert torch.equal(make(50, np.float64(3)).sigmas, make(50, 3.0).sigmas)
+
+
 def test_golden_bits(golden: Path) -> None:
     data = load_file(golden / "dit" / "tiny_release" / "fixtures.safetensors")
     assert torch.equal(flow_euler(50).sigmas, data["schedule50.sigmas"])
