@@ -85,7 +85,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...])
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    rounded = q.device.type == "cpu" and q.dtype != torch.float32
+    rounded = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     attend = _rounded_attention if rounded else F.scaled_dot_product_attention
     return attend(q, k, v).transpose(1, 2)
 
