@@ -6,6 +6,9 @@ sanitizer slows kernels down a thousandfold.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
 
 from kelix_rt import ops
@@ -53,6 +56,12 @@ def attention(device: str) -> None:
             starts = torch.tensor(rows, dtype=torch.int32, device=device)
             q = randn(rows[-1], 10, 72, device=device, dtype=dtype)
             ops.paged_attention(q, *(c.to(dtype) for c in long_cache), pages, lengths, starts, 0.2)
+    # A table too narrow for two splits: four steps of decoding, whose ring has three stages.
+    pages = torch.arange(30, dtype=torch.int32, device=device).view(2, 15)
+    lengths = torch.tensor([231, 77], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    q = randn(2, 10, 72, device=device, dtype=torch.bfloat16)
+    ops.paged_attention(q, *(c.bfloat16() for c in long_cache), pages, lengths, starts, 0.2)
 
 
 def codes(device: str) -> None:
@@ -65,6 +74,10 @@ def codes(device: str) -> None:
             norms_ = ops.codebook_norms(books, reference)
             for form in forms_for(books).values():
                 form(z, books, norms_, gain, gain, 1e-5, reference)
+    # Five tiles of codes in each CTA, whose ring has four stages (tests/ops/test_codes.py).
+    z = randn(70, 1, 24, dtype=torch.bfloat16, device=device)
+    books = randn(1, 16_600, 24, dtype=torch.bfloat16, device=device, seed=1)
+    ops.nearest_codes(z, books, ops.codebook_norms(books))
     ids = torch.tensor([[3, 9, 9], [12, 15, 9], [9, 9, 9]], device=device)
     ops.block_embed(ids, randn(18, 33, device=device), 10, 9)
 
@@ -114,14 +127,18 @@ def diffusion(device: str) -> None:
     ops.euler_step(latent, latent.clone(), latent.clone(), step, step)
 
 
-def main(device: str = "cuda") -> None:
-    """Run them all and wait for the device."""
-    for call in (norms, attention, codes, sampling, block_decoder, diffusion):
-        call(device)
+STEMS = (norms, attention, codes, sampling, block_decoder, diffusion)
+CALLS = {call.__name__: call for call in STEMS}
+
+
+def main(device: str = "cuda", names: Sequence[str] = ()) -> None:
+    """Run the named ones, or all, and wait for the device."""
+    for name in names or CALLS:
+        CALLS[name](device)
         if device == "cuda":
             torch.cuda.synchronize()
-        print(f"{call.__name__}: ran")
+        print(f"{name}: ran")
 
 
 if __name__ == "__main__":
-    main()
+    main(names=sys.argv[1:])

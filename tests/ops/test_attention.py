@@ -149,6 +149,10 @@ LENGTHS = [
 # Contexts that a GPU splits: one key more than a split holds, exactly as many, none at all.
 LONG = [(700, 1), (129, 1), (0, 1), (384, 1), (1, 1)]
 LONG_MIXED = [(290, 70), (513, 1), (33, 9), (0, 1), (200, 17)]
+# More keys in a CTA than the ring of decoding holds (three stages of 64), so that stages are filled
+# again: four steps where the page table is too narrow for two splits (240 keys), eight where enough
+# rows x KV heads leave two.
+REFILLED = [[(224, 1), (193, 1)], [(900, 1), *[(0, 1)] * 65]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -181,6 +185,16 @@ def test_long_contexts(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_contexts_of_prompts_and_replies(dtype: torch.dtype, device: str) -> None:
     check_attention(attention_arguments(Shape(8, 2, 72, 32), LONG_MIXED, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+@pytest.mark.parametrize("lengths", REFILLED)
+def test_more_keys_than_stages(
+    lengths: list[tuple[int, int]], head_dim: int, dtype: torch.dtype, device: str
+) -> None:
+    check_attention(attention_arguments(Shape(8, 8, head_dim, 16), lengths, dtype, device))
 
 
 def check_attention(arguments: dict[str, Any], rows: slice = slice(None)) -> None:

@@ -16,6 +16,7 @@ from tests.ops.test_attention import (
     LENGTHS,
     LONG,
     LONG_MIXED,
+    REFILLED,
     SHAPES,
     Shape,
     attention_arguments,
@@ -89,6 +90,17 @@ def test_long_contexts(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_contexts_of_prompts_and_replies(dtype: torch.dtype, device: str) -> None:
     arguments = attention_arguments(Shape(8, 2, 72, 32), LONG_MIXED, dtype, device)
+    check_attention(with_float8_cache(arguments))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+@pytest.mark.parametrize("lengths", REFILLED)
+def test_more_keys_than_stages(
+    lengths: list[tuple[int, int]], head_dim: int, dtype: torch.dtype, device: str
+) -> None:
+    arguments = attention_arguments(Shape(8, 8, head_dim, 16), lengths, dtype, device)
     check_attention(with_float8_cache(arguments))
 
 

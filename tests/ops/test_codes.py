@@ -146,6 +146,26 @@ def test_every_code_is_found(reference: bool, dtype: torch.dtype, device: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [24, 72])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reference", [False, True])
+def test_more_tiles_than_stages(reference: bool, dtype: torch.dtype, dim: int, device: str) -> None:
+    """Every CTA takes more tiles of codes than its ring has stages, so stages are filled again.
+
+    A book is split into 32 parts at most, however large the device: of 130 tiles of 128 codes a CTA
+    takes five or more, where the ring of wgmma has four stages, and of 260 tiles of 64 eight or
+    more, where that of mma.sync has three. The tokens are codes of tiles all over the book.
+    """
+    codebooks = randn(1, 16_600, dim, dtype=dtype, device=device)
+    chosen = 237 * torch.arange(70, device=device)
+    norms = ops.codebook_norms(codebooks, reference)
+    got = ops.nearest_codes(
+        codebooks[:, chosen].transpose(0, 1), codebooks, norms, reference=reference
+    )
+    assert torch.equal(got[:, 0], chosen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reference", [False, True])
 def test_nan_row_gives_zero_and_harms_no_other(
