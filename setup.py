@@ -78,11 +78,12 @@ def build_native(output: Path) -> None:
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": _pybind11_dir(),
     }
-    if "KELIX_CUDA_ARCHS" in os.environ:
-        options["CUDA_ARCHS"] = os.environ["KELIX_CUDA_ARCHS"]
+    # CMake remembers what an earlier build was given: without the variable its default holds again.
+    archs = os.environ.get("KELIX_CUDA_ARCHS")
+    cuda_archs = f"-DCUDA_ARCHS={archs}" if archs else "-UCUDA_ARCHS"
     # Isolated builds put ninja in a directory that is gone afterwards: forget the remembered path.
     ninja = shutil.which("ninja") or "ninja"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", cuda_archs]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *(f"-D{k}={v}" for k, v in options.items())]
     print(f"kelix_rt: building {'CPU and CUDA' if cuda else 'CPU'} operators with torch at {torch}")
     if not cuda:
