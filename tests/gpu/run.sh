@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one run of some minutes: build for the card present, the
-# GPU tests, compute-sanitizer on small sizes, the benchmarks. Run by `make gpu`; steps can be named
-# where a machine limits the time of a command (`bash tests/gpu/run.sh out build tests`; another
-# `out` for the next ones).
+# GPU tests (`ops` those of the operators, `tests` all others), compute-sanitizer on small sizes, the
+# kernels that the card's own build leaves out, the benchmarks. Run by `make gpu`; steps can be named
+# where a machine limits the time of a command (`bash tests/gpu/run.sh out build ops`; another `out`
+# for the next ones) or lacks a package.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-out}
@@ -11,8 +12,9 @@ mkdir -p "$out"
 default=python3
 [ -x .venv/bin/python ] && default=$PWD/.venv/bin/python
 python=${KELIX_PYTHON:-$default}
+[[ $python == */* && $python != /* ]] && python=$PWD/$python
 PATH=$(dirname "$(command -v "$python")"):$PATH # its cmake and ninja
-all=" build tests parity sanitizer benchmarks "
+all=" build ops tests parity sanitizer portable benchmarks "
 steps=" ${*:2} "
 [ $# -gt 1 ] || steps=$all
 for step in $steps; do
@@ -21,6 +23,15 @@ done
 failed=0
 
 wanted() { [[ $steps == *" $1 "* ]]; }
+
+packages() { # of a step, beside torch
+  case $1 in
+    ops | portable) echo pytest hypothesis ;;
+    tests) echo pytest hypothesis diffusers transformers ;;
+    parity) echo typer diffusers ;;
+    benchmarks) echo pytest_benchmark diffusers transformers ;;
+  esac
+}
 
 verdict() { # name, ok or FAILED
   echo "$1: $2" >>"$out/summary"
@@ -39,10 +50,15 @@ run() { # name, command ...; the whole output is in gpu.log
 }
 
 : >"$out/summary" && : >"$out/gpu.log"
-$python -c 'import torch, diffusers, transformers, pytest_benchmark' || {
-  echo "make gpu: $python lacks a package; run \`make test\` first, or set KELIX_PYTHON" >&2
-  exit 1
-}
+absent='import sys, importlib.util as u; print(*(n for n in sys.argv[1:] if not u.find_spec(n)))'
+for step in $steps; do
+  missing=$($python -c "$absent" torch $(packages "$step")) || exit 1
+  [ -z "$missing" ] || {
+    echo "make gpu: step $step needs $missing, not found by $python; run \`make test\` first, set" \
+      "KELIX_PYTHON, or name the steps to run:$all" >&2
+    exit 1
+  }
+done
 capability=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
   echo "make gpu: torch sees no NVIDIA GPU" >&2
   exit 1
@@ -50,7 +66,8 @@ capability=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capa
 [ "$capability" = 90 ] && capability=90a # wgmma is in sm_90a, which plain sm_90 leaves out
 export KELIX_CUDA=1 KELIX_CUDA_ARCHS="$capability-real"
 wanted build && run build $python setup.py -q native
-wanted tests && run tests $python -m pytest -m gpu tests
+wanted ops && run ops $python -m pytest -m gpu tests/ops
+wanted tests && run tests $python -m pytest -m gpu tests --ignore=tests/ops
 if wanted parity; then
   for dtype in float32 bfloat16; do
     run "parity-$dtype" $python -m kelix_rt.cli parity tests/golden --device cuda --dtype "$dtype"
@@ -64,6 +81,24 @@ elif wanted sanitizer; then
     run "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       $python -m tests.gpu.small_calls
   done
+fi
+
+# A card of 9.0 takes nearest_codes by wgmma wherever the build has it, so mma.sync runs on a copy of
+# the tree that is built without. Elsewhere `ops` and `sanitizer` have run it.
+portable() (
+  copy=$PWD/build/portable
+  rm -rf "$copy" && mkdir -p "$copy" &&
+    cp -r CMakeLists.txt setup.py pyproject.toml csrc kelix_rt tests "$copy" && cd "$copy" &&
+    KELIX_CUDA_ARCHS=90-real $python setup.py -q native &&
+    $python -c 'import torch, kelix_rt.ops; info = torch.ops.kelix.build_info()
+assert "cuda=90-real" in info, info' &&
+    $python -m pytest -m gpu tests/ops/test_codes.py &&
+    compute-sanitizer --tool racecheck --error-exitcode 1 $python -m tests.gpu.small_calls codes
+)
+if wanted portable && [ "$capability" = 90a ]; then
+  run portable portable
+elif wanted portable; then
+  echo "make gpu: portable is for cards of 9.0, nothing to do" | tee -a "$out/gpu.log"
 fi
 wanted benchmarks && run benchmarks $python -m pytest benchmarks --benchmark-only \
   --benchmark-json="$out/benchmarks.json"
