@@ -83,11 +83,10 @@ def ablate(base: TokenizerTrainer, pictures: int, out: Path, **options: Any) -> 
         folder = out / variant.name.replace(" ", "-").replace(",", "").replace("=", "")
         trainer = TokenizerTrainer(
             replace(recipe, sizes=replace(recipe.sizes, books=variant.books)),
-            variant.config(recipe), base.text, base.images, folder, base.device,
+            variant.config(recipe), base.text, base.images, folder, base.device, shared,
         )  # fmt: skip
         if variant.shared:
             trainer.quantizer = SharedCodebook(trainer.config).to(base.device)
-        trainer.model.load_state_dict(shared, strict=False)
         trainer.run(tuple(STAGES), **options)
         found[variant.name] = measure(trainer, pictures)
     write_whole(out / "ablations.json", (json.dumps(found, indent=2) + "\n").encode())

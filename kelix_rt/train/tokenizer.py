@@ -61,7 +61,8 @@ TASKS = {"1": (0, True), "2": (4, True), "3": (5, False)}
 class TokenizerTrainer:
     """Everything the stages need, with the modules they train. out: where checkpoints go.
 
-    device: where the modules are. text: with the special token <|im_end|>.
+    device: where the modules are. text: with the special token <|im_end|>. start: weights of the
+    model that the first stage begins with; without them its patches are whitened.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class TokenizerTrainer:
     images: ImageProcessor
     out: Path
     device: torch.device | str = "cpu"
+    start: Mapping[str, Tensor] = field(default_factory=dict)
     model: VisionTokenizer = field(init=False)
     quantizer: SimVQ = field(init=False)
     reader: Reader = field(init=False)
@@ -245,6 +247,9 @@ class TokenizerTrainer:
 
     def _start_from(self, name: str) -> None:
         order = STAGES.index(name)
+        if order == 0 and self.start:
+            self.model.load_state_dict(self.start, strict=False)
+            return
         if order == 0:
             scenes = [scene_of(index, self.recipe.seed) for index in range(WHITENED)]
             patches = torch.cat([self.patches(scene)[0] for scene in scenes])
