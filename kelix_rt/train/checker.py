@@ -101,18 +101,19 @@ def judge(scene: Scene, picture: Image.Image | NDArray[np.uint8]) -> dict[str, b
 
     shape, colour, size, location: the sets of shapes, colours, sizes and cells agree. object: every
     object has its colour and its shape, none is missing or extra. count: the number of objects.
-    relation: objects of these looks exist and lie so. background. word: the printed word, or none.
-    Attributes the scene lacks (relation without an aligned pair, shape of an empty scene) are
-    absent. Judge a generated picture by the attributes its prompt states.
+    relation: objects of these looks exist and lie so. background. word: the printed word; no word:
+    that there is none. Attributes the scene lacks (relation without an aligned pair, shape of an
+    empty scene) are absent. Judge a generated picture by the attributes its prompt states.
     """
     seen = read_picture(picture)
     verdict = {
         "count": len(seen.things) == len(scene.things),
-        "object": Counter(t.look for t in seen.things) == Counter(t.look for t in scene.things),
         "background": seen.background == scene.background,
-        "word": seen.word == scene.word,
+        "no word" if scene.word is None else "word": seen.word == scene.word,
     }
     if scene.things:
+        looks = Counter(t.look for t in scene.things)
+        verdict["object"] = Counter(t.look for t in seen.things) == looks
         verdict["shape"] = {t.shape for t in seen.things} == {t.shape for t in scene.things}
         verdict["colour"] = {t.colour for t in seen.things} == {t.colour for t in scene.things}
         verdict["size"] = {t.size for t in seen.things} == {t.size for t in scene.things}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from kelix_rt import Engine
 from kelix_rt.train import evaluate as module
 from kelix_rt.train.evaluate import Amounts, Score, evaluate, judged, show, usage
 from kelix_rt.train.sheet import contact_sheet
-from kelix_rt.train.world import draw, make_sample, make_text
+from kelix_rt.train.world import draw, make_sample, make_scenes, make_text
 from tests.train import tiny
 
 FEW = Amounts(questioned=1, drawn=2, reconstructed=1, encoded=2, side=56, steps=1)
@@ -44,6 +45,26 @@ def test_only_what_a_prompt_states_is_judged() -> None:
     assert all(row["right"] == 0 for row in missing.values())
     assert all(missing[name]["asked"] == right[name]["asked"] for name in right)
     assert wrong["object"]["right"] == 0
+
+
+def test_reconstruction_asks_for_what_a_picture_has(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words where there are words, objects where there are objects: not of every picture."""
+
+    class Same:
+        def __init__(self, picture: Image.Image) -> None:
+            self.image = picture
+
+    amounts = replace(FEW, reconstructed=20)
+    monkeypatch.setattr(engine, "reconstruct", lambda picture, render: Same(picture))
+    found = module.reconstruction(engine, amounts)
+    scenes = [*make_scenes("test", 20)]
+    words = sum(scene.word is not None for scene in scenes)
+    assert 0 < words < 20
+    assert found["word"]["asked"] == words and found["no word"]["asked"] == 20 - words
+    assert found["object"]["asked"] == sum(bool(scene.things) for scene in scenes)
+    assert all(row["accuracy"] == 1 for row in found.values())
 
 
 def test_answers_are_compared_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
