@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,7 @@ from kelix_rt.train.ablations import show as show_ablations
 from kelix_rt.train.allocator import keep_freed_memory
 from kelix_rt.train.evaluate import Amounts, show
 from kelix_rt.train.jobs import JOBS, run_jobs
-from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_folder
+from kelix_rt.train.pipeline import STAGES, Pipeline, evaluate_checkpoint
 from kelix_rt.train.recipe import CPU, GPU
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints and logs.")]
@@ -30,12 +32,18 @@ Stages = Annotated[
     list[str] | None, typer.Option("--stage", help="Stages to train, in order; all when not given.")
 ]
 OUT = Path("out/kelix-tiny")
+SEED_LIMIT = 1 << 40  # every step has a seed of its own, a million times as large
+WHAT = {"language": "language model", "detokenizer": "DiT"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
 def pipeline(out: Path, device: str, budget: float, seed: int, threads: int) -> Pipeline:
     """The run that the options describe: the recipe of the device, scaled."""
+    if not math.isfinite(budget) or abs(seed) >= SEED_LIMIT:
+        raise ConfigError(
+            f"train: --budget must be finite and --seed below 2^40, got {budget} and {seed}"
+        )
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
@@ -61,7 +69,7 @@ def _trainer(part: str) -> None:
                               f"got {', '.join(unknown)}")  # fmt: skip
         pipeline(out, device, budget, seed, threads).train(part, stage)
 
-    command.__doc__ = f"Train the {part}: stages {', '.join(STAGES[part])}."
+    command.__doc__ = f"Train the {WHAT.get(part, part)}: stages {', '.join(STAGES[part])}."
     app.command(part)(command)
 
 
@@ -104,7 +112,7 @@ def everything(
         run.train_all()
     size = run.export()
     Console().print(f"{run.checkpoint}: {size / 1e6:.1f} MB")
-    show(run.evaluate(Amounts(side=run.recipe.sizes.side, seed=seed).scaled(budget)), Console())
+    show(run.evaluate(Amounts(seed=seed).scaled(budget)), Console())
 
 
 @app.command("ablate")
@@ -123,25 +131,34 @@ def ablations(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A finished checkpoint.")] = OUT / "kelix-tiny",
-    out: Annotated[Path, typer.Option("--out", "-o")] = OUT / "evaluation",
+    checkpoint: Annotated[
+        str, typer.Argument(help="A finished checkpoint, or kelix-tiny: the bundled one.")
+    ] = str(OUT / "kelix-tiny"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where tables and the contact sheet go.")
+    ] = Path("out/evaluation"),
     device: Device = "auto",
     amount: Annotated[float, typer.Option(min=0.0, help="Share of the test samples.")] = 1.0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Of the DiT; 1 is none.")] = 1.0,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
     """Measure a checkpoint on the test split: a table, evaluation.json and a contact sheet."""
     if threads:
         torch.set_num_threads(threads)
-    amounts = Amounts(seed=seed).scaled(amount)
-    show(evaluate_folder(checkpoint, out, amounts, choose_device(device)), Console())
+    amounts = Amounts(cfg=guidance, seed=seed).scaled(amount)
+    show(evaluate_checkpoint(checkpoint, out, amounts, choose_device(device)), Console())
 
 
 def main() -> None:
-    """Runs the command; errors made on purpose are one line and exit code 1."""
+    """Runs the command; errors made on purpose and those of the disk are one line and exit code 1.
+
+    Being told to end stops what it started, too.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
-    except KelixError as error:
+    except (KelixError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

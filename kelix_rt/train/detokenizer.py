@@ -27,6 +27,7 @@ from kelix_rt.stages.denoise import sample
 from kelix_rt.stages.schedules import TRAIN_STEPS
 from kelix_rt.train.chats import ChatBuilder, Document, drawing
 from kelix_rt.train.detokenizer_start import look_where_it_lies
+from kelix_rt.train.encoded import fingerprint
 from kelix_rt.train.language import STAGES as LANGUAGE_STAGES
 from kelix_rt.train.language import pack
 from kelix_rt.train.loop import StageResult, run_stage
@@ -34,7 +35,7 @@ from kelix_rt.train.pictures import PictureCodes, scene_of, to_images
 from kelix_rt.train.place_weights import WEIGHTS, place_weights
 from kelix_rt.train.recipe import Recipe
 from kelix_rt.train.sheet import picture_rows
-from kelix_rt.train.states import load_modules
+from kelix_rt.train.states import load_modules, steps_done
 from kelix_rt.train.world_text import prompt
 
 if TYPE_CHECKING:
@@ -162,8 +163,7 @@ class DetokenizerTrainer:
 
         Raises ConfigError where the language model's checkpoint is missing.
         """
-        load_modules(self.language / f"language-{READS[name]}.pt", {"model": self.model})
-        self.model.requires_grad_(False)
+        self._load_language(name)
         length = len(self.dit.y_embedding)
         found = []
         indices = range(len(self.latents))
@@ -172,6 +172,10 @@ class DetokenizerTrainer:
             embeds, mask = conditions(self.model, documents, length)
             found.append((embeds.bfloat16(), mask))
         return torch.cat([embeds for embeds, _ in found]), torch.cat([mask for _, mask in found])
+
+    def _load_language(self, name: str) -> None:
+        load_modules(self.language / f"language-{READS[name]}.pt", {"model": self.model})
+        self.model.requires_grad_(False)
 
     def indices(self, name: str, step: int) -> list[int]:
         """Which latents one step learns from."""
@@ -229,12 +233,16 @@ class DetokenizerTrainer:
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, dit = self.recipe.detokenizer[name], self.dit
         order = STAGES.index(name)
-        read = cache(lambda: self.read_pictures(name))  # a finished stage needs none
+        self._load_language(name)
+        made_of = {"language": fingerprint(self.model), "autoencoder": fingerprint(self.vae)}
+        read = cache(lambda: self.read_pictures(name))
         if order:
             load_modules(self.out / f"detokenizer-{STAGES[order - 1]}.pt", {"dit": dit})
         elif not (self.out / f"detokenizer-{name}.pt").exists():
             places = self._places().to(dit.device)
             look_where_it_lies(dit, read()[0][:_STARTED_FROM].float(), places, self.recipe.seed)
+        if steps_done(self.out / f"detokenizer-{name}.pt") < stage.steps:
+            read()  # before the loop, whose precision is not theirs
         dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
         weighed = {"weights": WEIGHTS} if name == WEIGHED else {}
 
@@ -256,7 +264,9 @@ class DetokenizerTrainer:
             seed=self.recipe.seed,
             device=dit.device,
             dtype=torch.bfloat16,
-            config=self.recipe.facts(pictures=self.recipe.pictures, batch=stage.batch, **weighed),
+            config=self.recipe.facts(
+                pictures=self.recipe.pictures, batch=stage.batch, **made_of, **weighed
+            ),
             on_log=lambda step: self._show(read(), name, step),
             **options,
         )

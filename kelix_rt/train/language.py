@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.train.chats import TASKS, ChatBuilder, Document
+from kelix_rt.train.encoded import fingerprint
 from kelix_rt.train.language_start import EMBEDDING_STD
 from kelix_rt.train.loop import StageResult, run_stage
 from kelix_rt.train.pictures import PictureCodes, Subject, scene_of
@@ -188,8 +189,10 @@ class LanguageTrainer:
     def _run(self, name: str, options: Mapping[str, Any]) -> StageResult:
         stage, model = self.recipe.language[name], self.model
         self._start_from(name)
+        seen = {}
         if name != WORDS:
             self.pictures()  # made before the loop, whose precision is not theirs
+            seen["tokenizer"] = fingerprint(self.tokenizer())
         modules: dict[str, nn.Module] = {"model": model}
         aligner = None
         if name == ALIGNED:
@@ -224,7 +227,7 @@ class LanguageTrainer:
             device=model.device,
             dtype=torch.bfloat16,
             config=self.recipe.facts(
-                pictures=self.recipe.pictures, tasks=dict(stage.tasks), batch=stage.batch
+                pictures=self.recipe.pictures, tasks=dict(stage.tasks), batch=stage.batch, **seen
             ),
             **options,
         )

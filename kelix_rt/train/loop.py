@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from kelix_rt.models import products
 from kelix_rt.train.products import Bfloat16Products
 from kelix_rt.train.progress import StageLog
-from kelix_rt.train.states import StageIdentity, TrainingError, load_state, save_state
+from kelix_rt.train.states import (
+    StageIdentity,
+    TrainingError,
+    load_state,
+    only_writer,
+    save_state,
+)
 
 __all__ = ["StageResult", "TrainingError", "learning_rate", "run_stage"]
 
@@ -81,8 +87,9 @@ def run_stage(
     returns is logged too.
 
     A stage already at its last step is only loaded. Raises ConfigError for a checkpoint of another
-    world version or config, TrainingError for a loss or gradient that is not finite and for a
-    checkpoint that cannot be written; the last good checkpoint stays in place in either case.
+    world version or config, TrainingError for a loss or gradient that is not finite, for a
+    checkpoint that cannot be written, and where another process trains the stage; the last good
+    checkpoint stays in place in any case.
     """
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
@@ -96,10 +103,12 @@ def run_stage(
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.pt"
-    start = load_state(path, identity, modules, optimizer) if path.exists() else 0
-    saved_at = time.monotonic()
-    log = StageLog(name, out / f"{name}.jsonl", start, steps, console or Console())
-    with log:
+    with ExitStack() as held:
+        held.enter_context(only_writer(path))
+        start = load_state(path, identity, modules, optimizer) if path.exists() else 0
+        saved_at = time.monotonic()
+        log = StageLog(name, out / f"{name}.jsonl", start, steps, console or Console())
+        held.enter_context(log)
         for step in range(start, steps):
             torch.manual_seed(seed * 1_000_003 + step)
             rate = learning_rate(step, steps, lr, warmup, lr_floor)
@@ -109,7 +118,7 @@ def run_stage(
             log.add(losses)
             done = step + 1
             if done % log_every == 0 or done == steps:
-                extra = on_log(done) if on_log is not None else None
+                extra = _measured(name, done, on_log, path)
                 log.write(done, rate, extra or {})
             if time.monotonic() - saved_at >= save_every_seconds or done == steps:
                 save_state(path, identity, modules, optimizer, done)
@@ -142,6 +151,21 @@ def _optimise(
         )
     optimizer.step()
     return {key: loss.detach() for key, loss in losses.items()} | {"grad_norm": norm.detach()}
+
+
+def _measured(
+    name: str,
+    step: int,
+    on_log: Callable[[int], Mapping[str, float] | None] | None,
+    path: Path,
+) -> Mapping[str, float] | None:
+    try:
+        return None if on_log is None else on_log(step)
+    except OSError as error:  # a picture that cannot be written, on a full disk
+        raise TrainingError(
+            f"stage {name}: step {step} cannot be shown: {error}; the last good checkpoint is "
+            f"{path if path.exists() else 'not written yet'}"
+        ) from error
 
 
 def _precision(device: torch.device | str, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from kelix_rt.models.vae import to_uint8
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
-from kelix_rt.train.states import write_whole
-from kelix_rt.train.world import WORLD_VERSION, draw, make_scene
+from kelix_rt.train.encoded import encoded
+from kelix_rt.train.world import draw, make_scene
 from kelix_rt.train.world_scene import Scene, plain, strange
 
 if TYPE_CHECKING:
@@ -145,25 +143,23 @@ def encode_pictures(
 ) -> PictureCodes:
     """Codes of the first `count` train pictures, read from `cache` when it holds exactly them.
 
-    vocab: number of text ids, in front of the codes in the unified vocabulary.
-    The cache names the world, the pictures and the tokenizer's weights it was made with; another
-    one is replaced. Raises TrainingError when it cannot be written.
+    vocab: number of text ids, in front of the codes in the unified vocabulary. Raises TrainingError
+    when the cache cannot be written.
     """
     facts = {"side": side, "others": other_sides, "count": count, "seed": seed, "of": list(_KINDS)}
 
-    def make() -> dict[str, Tensor]:
-        scenes = [scene_of(index, seed) for index in range(count)]
-        twins = [strange_twin(scene) for scene in scenes]
-        shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
-        coded = (_codes(tokenizer, images, own, side) for own in shown)
-        found = dict(zip(_KINDS, coded, strict=True))
-        for number, other in enumerate(other_sides):
-            own = scenes[number :: len(other_sides)]
-            if own:
-                found[f"other.{other}"] = _codes(tokenizer, images, own, other)
-        return found
-
-    stored = _cached(cache, facts, tokenizer, make)
+    scenes = [scene_of(index, seed) for index in range(count)]
+    twins = [strange_twin(scene) for scene in scenes]
+    shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
+    views = [(kind, own, side) for kind, own in zip(_KINDS, shown, strict=True)]
+    for number, length in enumerate(other_sides):
+        views.append((f"other.{length}", scenes[number :: len(other_sides)], length))
+    batches = [
+        (name, partial(_codes, tokenizer, images, batch, length))
+        for name, own, length in views
+        for batch in _batches(own)
+    ]
+    stored = encoded(cache, facts, tokenizer, batches)
     other = {s: stored[f"other.{s}"] for s in other_sides if f"other.{s}" in stored}
 
     def to_ids(codes: Tensor) -> Tensor:
@@ -177,18 +173,11 @@ def encode_pictures(
 def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: Path) -> Tensor:
     """Latents bfloat16 [3 * count, C, h, w] in the DiT's scale, cached: of the train pictures as
     they are, of the same pictures plain, and of their strange twins."""
-    parameter = next(vae.parameters())
-
-    def make() -> dict[str, Tensor]:
-        scenes = [scene_of(index, seed) for index in range(count)]
-        parts = []
-        for batch in _batches([*scenes, *map(plain, scenes), *map(strange_twin, scenes)]):
-            pixels = to_pixels([draw(scene, side) for scene in batch])
-            latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent
-            parts.append((latent.float() * vae.config.scaling_factor).bfloat16().cpu())
-        return {"latents": torch.cat(parts)}
-
-    return _cached(cache, {"side": side, "count": count, "seed": seed}, vae, make)["latents"]
+    scenes = [scene_of(index, seed) for index in range(count)]
+    shown = [*scenes, *map(plain, scenes), *map(strange_twin, scenes)]
+    batches = [("latents", partial(_latents, vae, batch, side)) for batch in _batches(shown)]
+    facts = {"side": side, "count": count, "seed": seed}
+    return encoded(cache, facts, vae, batches)["latents"]
 
 
 def to_pixels(pictures: list[object]) -> Tensor:
@@ -206,39 +195,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def _codes(
     tokenizer: VisionTokenizer, images: ImageProcessor, scenes: Sequence[Scene], side: int
 ) -> Tensor:
-    parts = []
-    for batch in _batches(scenes):
-        patches = [images.patchify(draw(scene, side)) for scene in batch]
-        pixels, grids = zip(*patches, strict=True)
-        codes = tokenizer.encode(torch.cat(pixels), torch.cat(grids))
-        parts.append(codes.view(len(batch), -1, codes.shape[1]).to(torch.int16).cpu())
-    return torch.cat(parts)
+    patches = [images.patchify(draw(scene, side)) for scene in scenes]
+    pixels, grids = zip(*patches, strict=True)
+    codes = tokenizer.encode(torch.cat(pixels), torch.cat(grids))
+    return codes.view(len(scenes), -1, codes.shape[1]).to(torch.int16).cpu()
+
+
+@torch.no_grad()
+def _latents(vae: AutoencoderDC, scenes: Sequence[Scene], side: int) -> Tensor:
+    parameter = next(vae.parameters())
+    pixels = to_pixels([draw(scene, side) for scene in scenes])
+    latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent
+    return (latent.float() * vae.config.scaling_factor).bfloat16().cpu()
 
 
 def _batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
     return (scenes[start : start + _BATCH] for start in range(0, len(scenes), _BATCH))
-
-
-def _cached(
-    cache: Path,
-    facts: Mapping[str, object],
-    model: nn.Module,
-    make: Callable[[], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    label = str({"world": WORLD_VERSION, "weights": fingerprint(model), **facts})
-    if cache.exists():
-        with safe_open(str(cache), framework="pt") as file:
-            if (file.metadata() or {}).get("made_of") == label:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    made = {name: tensor.contiguous() for name, tensor in make().items()}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cache, save(made, {"made_of": label}))
-    return made
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short text that differs when any weight of the model does."""
-    digest = hashlib.sha256()
-    for tensor in (*model.parameters(), *model.buffers()):
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

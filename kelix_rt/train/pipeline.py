@@ -9,16 +9,19 @@ ablations/    variants of the tokenizer, on demand
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kelix_rt.checkpoint import resolve
 from kelix_rt.config import KelixConfig
 from kelix_rt.engine import Engine
+from kelix_rt.errors import ConfigError
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers, TextTokenizer
@@ -34,8 +37,9 @@ from kelix_rt.train.export import TrainedParts, export, own_centres, require_che
 from kelix_rt.train.language_start import new_language_model
 from kelix_rt.train.pictures import PictureCodes, encode_latents, encode_pictures
 from kelix_rt.train.recipe import Recipe, dit_config, language_config, tokenizer_config
-from kelix_rt.train.states import load_modules
+from kelix_rt.train.states import load_modules, write_whole
 from kelix_rt.train.text_tokenizer import write_text_tokenizer
+from kelix_rt.train.world_scene import WORLD_VERSION
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -108,7 +112,7 @@ class Pipeline:
 
     def evaluate(self, amounts: Amounts) -> dict[str, Any]:
         """Measures the finished checkpoint; raises ConfigError when it is of another world."""
-        return evaluate_folder(self.checkpoint, self.out / "evaluation", amounts, self.device)
+        return evaluate_checkpoint(self.checkpoint, self.out / "evaluation", amounts, self.device)
 
     def ablate(self, pictures: int, **options: Any) -> dict[str, Any]:
         """Variants of the tokenizer, see `ablations.ablate`; needs the tokenizer's warm-up."""
@@ -121,10 +125,18 @@ class Pipeline:
         return self.out / "text"
 
     def write_text(self) -> None:
-        """Trains the text tokenizer unless it is there."""
+        """Trains the text tokenizer unless it is there. ConfigError for one of another run."""
         folder = self.out / "text"
-        if not (folder / "chat_template.jinja").is_file():  # the last file that is written
+        own = {"world": WORLD_VERSION, **self.recipe.facts(seed=self.recipe.seed)}
+        label, file = json.dumps(own, indent=2) + "\n", folder / "made_of.json"
+        if not file.is_file():
             write_text_tokenizer(folder, self.recipe.sizes, self.recipe.seed)
+            write_whole(file, label.encode())
+        elif file.read_text(encoding="utf-8") != label:
+            raise ConfigError(
+                f"{folder} is of another seed, size or world (see {file.name}); use the same, or "
+                "another output directory"
+            )
 
     @cached_property
     def text(self) -> TextTokenizer:
@@ -216,13 +228,16 @@ class Pipeline:
         )  # fmt: skip
 
 
-def evaluate_folder(
-    checkpoint: Path, out: Path, amounts: Amounts, device: torch.device
+def evaluate_checkpoint(
+    checkpoint: Path | str, out: Path, amounts: Amounts, device: torch.device
 ) -> dict[str, Any]:
-    """Measures a checkpoint directory; ConfigError when it is of another version of the world."""
-    require_checkpoint_world(checkpoint)
-    engine = Engine.from_pretrained(checkpoint, device=device)
-    return evaluate(engine, amounts, out)
+    """Measures a checkpoint, named as `Engine.from_pretrained` takes it, on pictures of its own
+    side. Raises ConfigError when it is of another version of the world."""
+    folder = resolve(checkpoint)
+    require_checkpoint_world(folder)
+    engine = Engine.from_pretrained(folder, device=device)
+    side = engine.config.tokenizer_config.vision_config.image_size
+    return evaluate(engine, replace(amounts, side=side), out)
 
 
 def model_card(recipe: Recipe) -> str:

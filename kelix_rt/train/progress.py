@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
-from kelix_rt.train.states import TrainingError
+from kelix_rt.train.states import TrainingError, write_whole
 
 PLAIN_EVERY_SECONDS = 15.0
 
@@ -90,7 +90,7 @@ class StageLog:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_whole(self.path, "".join(line + "\n" for line in kept).encode())
 
 
 def _duration(seconds: float) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
     Raises TrainingError naming the reason (such as a full disk); the old file is then untouched.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -97,6 +99,25 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
             f"{path} ({len(data) / 1e6:.1f} MB) cannot be written: {error.strerror or error}; "
             f"{kept}. Free some space and start again: training resumes from it"
         ) from error
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Holds `path`.lock, which ends with the process. TrainingError where another one holds it."""
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"{path}: another process trains this stage; wait for it, stop it, or use another "
+                "output directory"
+            ) from error
+        yield
+
+
+def steps_done(path: Path) -> int:
+    """Steps that the checkpoint of a stage has taken; 0 without one. Raises ConfigError."""
+    return int(_read(path)["step"]) if path.exists() else 0
 
 
 def load_state(
@@ -114,7 +135,8 @@ def load_state(
 
 
 def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> int:
-    """Fills modules from the checkpoint of an earlier stage and returns its step.
+    """Fills modules from the checkpoint of an earlier stage, which must be finished, and returns
+    its step.
 
     Raises ConfigError when the file is absent, of another world version, or does not hold them.
     """
@@ -123,8 +145,11 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> int:
         require_world(found.get("world_version"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    done, steps = found["step"], found["settings"]["steps"]
+    if done < steps:
+        raise ConfigError(f"{path} stopped at step {done} of {steps}; finish that stage first")
     _fill(path, found, modules)
-    return int(found["step"])
+    return int(done)
 
 
 def _read(path: Path) -> dict[str, Any]:

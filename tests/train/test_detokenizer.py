@@ -127,6 +127,41 @@ def test_places_weigh_as_told_where_there_is_a_condition(dropout: float) -> None
     assert loss(weights) == pytest.approx(float((own * errors).sum() / own.sum()))
 
 
+def test_pictures_are_read_before_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a stage goes on: the precision of its steps is not that of reading."""
+    recipe = tiny.replaced(detokenizer={"1": Stage(2, 1e-3, 1, 2), "2": Stage(2, 1e-3, 1, 2)})
+    tiny.trainer(tmp_path).run(log_every=1)
+    vae, latents = new_autoencoder(Sizes(latent_channels=4), "cpu", 0), torch.randn(9, 4, 2, 2)
+    told: list[str] = []
+    read_pictures, flow = DetokenizerTrainer.read_pictures, flow_loss
+
+    def read(self: DetokenizerTrainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        told.append("read")
+        return read_pictures(self, name)
+
+    def loss(*arguments: Any) -> dict[str, torch.Tensor]:
+        told.append("step")
+        if told.count("step") == 2:
+            raise KeyboardInterrupt
+        return flow(*arguments)
+
+    monkeypatch.setattr(DetokenizerTrainer, "read_pictures", read)
+    monkeypatch.setattr("kelix_rt.train.detokenizer.flow_loss", loss)
+
+    def run() -> None:
+        DetokenizerTrainer(
+            new_dit(CONFIG, "cpu", seed=0), tiny.model(), tiny.chats(), tiny.pictures(tmp_path),
+            latents.bfloat16(), vae, recipe, tmp_path / "language", tmp_path / "dit",
+        ).run(["1"], log_every=1, save_every_seconds=0.0)  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run()
+    assert told == ["read", "step", "step", "read", "step"]
+    run()
+    assert told[5:] == []  # a finished stage needs none
+
+
 def test_stages_run_and_leave_the_language_model_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

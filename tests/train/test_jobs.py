@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +85,25 @@ def test_a_failure_stops_what_runs_beside_it(log: Path) -> None:
     with pytest.raises(KelixError, match="train wrong: ended with exit code 1"):
         run_jobs([long, wrong, Job("c", after=(wrong,))], ["--seed", "1"], threads=1)
     assert set(log.read_text().split()) == {"+a1", "+wrong1", "!a"}
+
+
+def test_jobs_end_with_the_command_that_started_them(tmp_path: Path) -> None:
+    """`train all` that is told to end leaves nobody training behind it."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "kelix_rt.train", "all", "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen([*command, "--threads", "2"], start_new_session=True) as started:
+        try:
+            deadline = time.monotonic() + 120
+            while not [*out.glob("*/*.lock")] and time.monotonic() < deadline:
+                assert started.poll() is None
+                time.sleep(0.1)
+            started.terminate()
+            assert started.wait(60) == 128 + signal.SIGTERM
+            with pytest.raises(ProcessLookupError):  # nobody is left of its group
+                os.killpg(started.pid, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
 
 
 def test_jobs_are_commands_of_the_package() -> None:

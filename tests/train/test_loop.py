@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,50 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     with pytest.raises(TrainingError, match="No space left on device; the last good one is kept"):
         states.write_whole(tmp_path / "fit.pt", b"new")
     assert (tmp_path / "fit.pt").read_bytes() == before
-    assert not (tmp_path / "fit.pt.partial").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_picture_that_cannot_be_written_stops_with_the_reason(tmp_path: Path) -> None:
+    def full(step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(TrainingError, match=r"stage fit: step 5 cannot be shown: .*No space"):
+        run(make_model(), tmp_path, on_log=full)
+    assert torch.load(tmp_path / "fit.pt", weights_only=True)["step"] == 4
+
+
+def test_one_process_trains_a_stage(tmp_path: Path) -> None:
+    refused = pytest.raises(TrainingError, match=r"fit\.pt: another process trains this stage")
+    with states.only_writer(tmp_path / "fit.pt"), refused:
+        run(make_model(), tmp_path)
+    assert run(make_model(), tmp_path).resumed_from == 0
+
+
+def test_writers_do_not_share_a_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that writes while another is about to rename leaves it what it wrote."""
+    file, replace = tmp_path / "x", os.replace
+
+    def late(partial: Path, path: Path) -> None:
+        monkeypatch.setattr(states.os, "replace", replace)
+        monkeypatch.setattr(states.os, "getpid", lambda: 7)
+        states.write_whole(path, b"theirs")
+        assert partial.read_bytes() == b"ours"
+        replace(partial, path)
+
+    monkeypatch.setattr(states.os, "replace", late)
+    states.write_whole(file, b"ours")
+    assert file.read_bytes() == b"ours" and [*tmp_path.iterdir()] == [file]
+
+
+def test_a_stage_that_is_not_finished_is_no_start(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(make_model(), tmp_path, stop_at=13)
+    assert states.steps_done(tmp_path / "fit.pt") == 13
+    assert states.steps_done(tmp_path / "none.pt") == 0
+    with pytest.raises(ConfigError, match=r"fit\.pt stopped at step 13 of 20; finish that stage"):
+        states.load_modules(tmp_path / "fit.pt", {"model": make_model()})
 
 
 def test_another_world_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kelix_rt import Engine
 from kelix_rt.errors import ConfigError
 from kelix_rt.train import __main__ as commands
+from kelix_rt.train import ablations
 from kelix_rt.train.evaluate import Amounts
 from kelix_rt.train.language import pack
 from kelix_rt.train.pipeline import STAGES, Pipeline
@@ -110,6 +111,19 @@ def test_variants_of_the_tokenizer_are_compared(run: Pipeline) -> None:
     assert all(row["text"] > 0 and 0 <= row["background"] <= 1 for row in found.values())
 
 
+def test_variants_start_from_the_warmed_up_transformer(run: Pipeline, tmp_path: Path) -> None:
+    base = torch.load(run.out / "tokenizer" / "tokenizer-warmup.pt", weights_only=True)
+    learned = base["modules"]["model"]
+    still = {name: replace(stage, lr=1e-12) for name, stage in ablations.STAGES.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablations, "STAGES", still)
+        ablations.ablate(run._tokenizer_trainer, 1, tmp_path, **QUIET)
+    for folder in (path for path in tmp_path.iterdir() if path.is_dir()):
+        variant = torch.load(folder / "tokenizer-warmup.pt", weights_only=True)["modules"]["model"]
+        for name in ("patch_embedding.weight", "patch_embedding.bias", "positions"):
+            torch.testing.assert_close(variant[name], learned[name], rtol=0, atol=1e-6)
+
+
 def test_a_part_needs_the_parts_before_it(run: Pipeline, tmp_path: Path) -> None:
     bare = Pipeline(run.recipe, tmp_path, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"tokenizer-3\.pt does not exist"):
@@ -120,6 +134,18 @@ def test_other_sizes_are_refused(run: Pipeline) -> None:
     other = replace(run.recipe, sizes=replace(SIZES, marker="{row},{cols}"))
     with pytest.raises(ConfigError, match="other settings"):
         Pipeline(other, run.out, torch.device("cpu")).train("autoencoder")
+
+
+def test_texts_of_another_run_are_refused(run: Pipeline) -> None:
+    other = Pipeline(run.recipe.seeded(1), run.out, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"text is of another seed, size or world"):
+        other.train("tokenizer")
+
+
+def test_options_out_of_range_are_named() -> None:
+    for arguments in (["--budget", "inf"], ["--seed", str(-(10**13))]):
+        wrong = CliRunner().invoke(commands.app, ["tokenizer", *arguments])
+        assert isinstance(wrong.exception, ConfigError), arguments
 
 
 def test_commands(run: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
