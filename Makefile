@@ -3,6 +3,7 @@
 # make bench  the benchmarks        make lint  ruff, clang-format, mypy
 # make native rebuild the libraries in place (KELIX_CUDA=0 without nvcc, =1 with it or fail)
 # make gpu    on a machine with an NVIDIA GPU: GPU tests, compute-sanitizer, benchmarks
+# make clean  what builds made; out/ stays
 
 PYTHON ?= python3
 # The newest torch this release was tested with; any torch >= 2.10 that .venv already has is kept.
@@ -59,5 +60,6 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -e ".[lint]"
 	touch $@
 
+# What builds made. out/ stays: pictures, logs and training runs lie there.
 clean:
-	rm -rf build $(OUT) kelix_rt/*.so
+	rm -rf build kelix_rt/*.so $(VENV)/.built

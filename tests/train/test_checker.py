@@ -13,7 +13,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from kelix_rt.errors import InputError
 from kelix_rt.train.checker import judge, read_picture
-from kelix_rt.train.world_draw import draw
+from kelix_rt.train.likeness import UNKNOWN
+from kelix_rt.train.world_draw import COLOUR_VALUES, draw
 from kelix_rt.train.world_scene import COLOURS, SHAPES, WORDS, Scene, Thing
 from kelix_rt.train.world_splits import make_scenes
 
@@ -24,7 +25,8 @@ SCENE = Scene(
     band="bottom",
 )
 ATTRIBUTES = (
-    *("count", "object", "background", "word", "shape", "colour", "size", "location", "relation"),
+    *("count", "object", "background", "word", "no word", "shape", "colour", "size", "location"),
+    "relation",
 )
 
 
@@ -128,12 +130,57 @@ def test_every_word_is_read() -> None:
         assert read_picture(blurred_and_noisy(draw(scene))).word == word
 
 
-def test_nothing_is_read_into_noise_or_emptiness() -> None:
-    assert read_picture(draw(Scene((), "mint"))).things == ()
-    noise = np.random.default_rng(1).integers(0, 256, (112, 112, 3)).astype(np.uint8)
-    seen = read_picture(noise)
-    assert seen.word is None
-    assert all("unknown" in thing.look for thing in seen.things)
+def pure_noise(side: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (side, side, 3)).astype(np.uint8)
+
+
+def with_noise(pixels: np.ndarray) -> np.ndarray:
+    """Four times the noise of `blurred_and_noisy`."""
+    noisy = pixels + np.random.default_rng(2).normal(0, 32, pixels.shape)
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def with_specks(pixels: np.ndarray) -> np.ndarray:
+    """Six red specks in free places, each about 70 % of the smallest thing that counts."""
+    side, marked = len(pixels), pixels.copy()
+    speck = side // 22
+    for x in (0.1, 0.5, 0.9):
+        for y in (0.45, 0.55):
+            top, left = int(y * side), int(x * side)
+            marked[top : top + speck, left : left + speck] = COLOUR_VALUES["red"]
+    return marked
+
+
+@pytest.mark.parametrize("side", [112, 224])
+def test_nothing_is_read_into_noise_or_emptiness(side: int) -> None:
+    for picture in (draw(Scene((), "mint"), side), pure_noise(side)):
+        seen = read_picture(picture)
+        assert (seen.things, seen.word) == ((), None)
+
+
+@pytest.mark.parametrize("side", [112, 224])
+@pytest.mark.parametrize("disturbed", [with_noise, with_specks])
+def test_a_picture_is_read_right_through_noise(
+    side: int, disturbed: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    verdict = judge(SCENE, disturbed(np.asarray(draw(SCENE, side))))
+    assert [name for name, ok in verdict.items() if not ok] == []
+
+
+@pytest.mark.parametrize("side", [112, 224])
+def test_what_is_like_nothing_known_is_unknown(side: int) -> None:
+    """A bar, an L, a square of a colour far from all names, a word the wrong way round."""
+    pixels = np.asarray(draw(Scene((), "white"), side)).copy()
+    fifth = side // 5
+    first, last, thin = slice(fifth, 2 * fifth), slice(3 * fifth, 4 * fifth), fifth // 4
+    pixels[fifth : fifth + thin, first] = COLOUR_VALUES["red"]
+    pixels[last, fifth : fifth + thin] = pixels[4 * fifth - thin : 4 * fifth, first] = 40, 80, 225
+    pixels[last, last] = 128, 255, 0
+    looks = {thing.look for thing in read_picture(pixels).things}
+    assert looks == {("red", UNKNOWN), ("blue", UNKNOWN), (UNKNOWN, "square")}
+    printed = draw(Scene((), "white", "fox"), side)
+    assert read_picture(printed).word == "fox"
+    assert read_picture(ImageOps.mirror(printed)).word is None
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,16 @@ def test_tiny_pictures_are_refused() -> None:
 
 
 def test_drawing_is_fast() -> None:
+    """Processor time, the best of three tries: a busy machine slows even that down."""
     scenes = list(make_scenes("train", 200))
     draw(scenes[0])
-    start = time.process_time()
-    for scene in scenes:
-        draw(scene)
-    assert (time.process_time() - start) / len(scenes) < 0.004  # measured 0.8 ms
+    tries = []
+    for _ in range(3):
+        start = time.process_time()
+        for scene in scenes:
+            draw(scene)
+        tries.append((time.process_time() - start) / len(scenes))
+    assert min(tries) < 0.004, tries  # measured 0.8 ms
 
 
 def test_coverage_is_where_something_is_drawn() -> None:
