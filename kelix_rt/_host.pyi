@@ -68,8 +68,8 @@ class PagePool:
         `rows` is the sequence from its first row; at most num_rows(seq) of them. Only pages not
         committed before are hashed. When an equal page is cached already, every holder is switched
         to that one and the duplicate is freed, so read page tables after the commits of a step.
-        Returns the number of pages newly registered. ValueError if rows differ from those committed
-        earlier. Does nothing after reset_cache().
+        Returns the number of pages newly registered. ValueError if, where there are new ones, rows
+        differ from those committed earlier. Does nothing after reset_cache().
         """
 
     def fork(

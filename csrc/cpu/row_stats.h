@@ -64,7 +64,8 @@ RowStats row_stats(const T* x, int64_t cols, float eps) {
     square_sum += squares;
   }
   left_over *= inv_cols;
-  const float variance = square_sum * inv_cols - left_over * left_over;
+  // Rounding can leave a little less than nothing of equal values.
+  const float variance = std::max(square_sum * inv_cols - left_over * left_over, 0.0f);
   return {mean, left_over, 1.0f / std::sqrt(variance + eps)};
 }
 

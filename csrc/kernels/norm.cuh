@@ -65,8 +65,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_kernel(LayerNormArg
     }
   });
   left_over = cta_sum(left_over, scratch) / args.cols;
+  // Rounding can leave a little less than nothing of equal values.
   const float variance = cta_sum(square_sum, scratch) / args.cols - left_over * left_over;
-  const float scale = rsqrtf(variance + args.eps);
+  const float scale = rsqrtf((variance < 0.0f ? 0.0f : variance) + args.eps);
   for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
     float v[kWidth];
     x.get(at, piece, v);

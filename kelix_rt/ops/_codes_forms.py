@@ -12,6 +12,7 @@ from functools import partial, wraps
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops.norm import layer_norm
 
 Form = Callable[..., Tensor]  # the signature of nearest_codes
@@ -111,7 +112,7 @@ def nearest_codes_cutlass(z: Tensor, codebooks: Tensor, norms: Tensor, reference
     return torch.ops.kelix.nearest_codes_cutlass(z, codebooks, norms, squares)
 
 
-@torch.library.register_fake("kelix::nearest_codes_cutlass")
+@register_fake("nearest_codes_cutlass")
 def _nearest_codes_cutlass_fake(
     z: Tensor, codebooks: Tensor, norms: Tensor, token_norms: Tensor | None
 ) -> Tensor:

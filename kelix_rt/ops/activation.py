@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 
 
@@ -24,7 +25,7 @@ def silu_mul_ref(x: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
-@torch.library.register_fake("kelix::silu_mul")
+@register_fake("silu_mul")
 def _silu_mul_fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._autograd import writes
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
@@ -43,6 +45,7 @@ def rope_store_kv(
         rounded to nearest even once more, saturating at +-448; NaN stays NaN.
     Returns q, [T, H, hd] contiguous.
     """
+    writes("rope_store_kv", (k_cache, v_cache), qkv, q_weight, k_weight)
     return torch.ops.kelix.rope_store_kv(
         qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, num_heads, eps
     )
@@ -64,7 +67,7 @@ def normed_rotated(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [T, H, hd], k and v [T, KV, hd] as `rope_store_kv` makes them, in differentiable torch."""
-    heads = qkv.reshape(qkv.shape[0], -1, head_dim)
+    heads = qkv.reshape(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
@@ -102,7 +105,7 @@ def rope_store_kv_ref(
     return q.contiguous()
 
 
-@torch.library.register_fake("kelix::rope_store_kv")
+@register_fake("rope_store_kv")
 def _rope_store_kv_fake(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -177,7 +180,7 @@ def paged_attention_ref(
     return out
 
 
-@torch.library.register_fake("kelix::paged_attention")
+@register_fake("paged_attention")
 def _paged_attention_fake(
     q: Tensor,
     k_cache: Tensor,

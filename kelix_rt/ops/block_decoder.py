@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 from kelix_rt.ops.sampling import sample_blocks_ref
@@ -87,11 +88,18 @@ def pack_block_decoder(state: Mapping[str, Tensor]) -> Tensor:
     state: the names of `BlockDecoderShape.tensors`; ``qkv`` holds q, k, v in that order along
     dim 0, ``gate_up`` the gate and then the up projection; position_embedding has exactly the
     N + 1 rows that are used. All tensors share one dtype and device, the result's. Padding is 0.
+    Raises ValueError for a tensor of another shape or dtype.
     """
     shape = block_decoder_shape(state, num_heads=1)
     packed = state["input_linear.weight"].new_zeros(shape.packed_size)
     for name, view in unpack_block_decoder(packed, shape).items():
-        view.copy_(state[name])
+        own = state[name]
+        if own.shape != view.shape or own.dtype != view.dtype:
+            raise ValueError(
+                f"pack_block_decoder: {name} must be {view.dtype} of shape {list(view.shape)}, got "
+                f"{own.dtype} of {list(own.shape)}"
+            )
+        view.copy_(own)
     return packed
 
 
@@ -237,7 +245,7 @@ def block_decode_ref(
     return ids, logprobs
 
 
-@torch.library.register_fake("kelix::block_decode")
+@register_fake("block_decode")
 def _block_decode_fake(
     hidden: Tensor,
     weights: Tensor,

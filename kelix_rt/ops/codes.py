@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kelix_rt.ops import _codes_forms as forms
 from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import layer_norm_ref
 
@@ -46,7 +47,8 @@ def nearest_codes(
     was given take the form that was fastest.
     """
     inputs = (z, codebooks, norms, ln_weight, ln_bias, eps, reference)
-    if forms.CHOSEN and z.dim() == 3:
+    # A compiled call is one for all sizes, so no form chosen for some of them.
+    if forms.CHOSEN and z.dim() == 3 and not torch.compiler.is_compiling():
         choice = forms.CHOSEN.get(forms.key_of(*inputs[:5], reference))
         if choice is not None:
             return choice.form(*inputs)
@@ -79,7 +81,7 @@ def nearest_codes_ref(
     return torch.where(first == distance.shape[-1], 0, first)
 
 
-@torch.library.register_fake("kelix::nearest_codes")
+@register_fake("nearest_codes")
 def _nearest_codes_fake(
     z: Tensor,
     codebooks: Tensor,
@@ -108,13 +110,14 @@ def block_embed_ref(ids: Tensor, table: Tensor, text_vocab: int, block_end: int)
     codes = ids[:, :-1]
     before_end = (codes == block_end).cumsum(-1) == 0
     looked_up = torch.where(ids[:, :1] >= text_vocab, codes, ids[:, :1])
+    looked_up = looked_up.where(before_end, 0)  # behind the end anything may stand
     rows = wide(table[looked_up]) * before_end.unsqueeze(-1)
     return rows.sum(1).to(table.dtype)
 
 
-@torch.library.register_fake("kelix::block_embed")
+@register_fake("block_embed")
 def _block_embed_fake(ids: Tensor, table: Tensor, text_vocab: int, block_end: int) -> Tensor:
     return table.new_empty((ids.shape[0], table.shape[1]))
 
 
-differentiate("block_embed", block_embed_ref)
+differentiate("block_embed", block_embed_ref, autocast=False)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._autograd import differentiate, writes
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
@@ -37,7 +38,9 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> None:
     """x += gate * y in place.
 
     x [B, N, C] contiguous, mutated; gate [B, C], broadcast over N; y [B, N, C]; all of one dtype.
+    Raises RuntimeError where one of them requires a gradient: `gated_sum` has one.
     """
+    writes("gated_residual", (x,), gate, y)
     torch.ops.kelix.gated_residual(x, gate, y)
 
 
@@ -139,10 +142,11 @@ def euler_step(
 ) -> None:
     """latent += dt * v with v = uncond + guidance * (velocity - uncond), in place.
 
-    latent [B, ...] float32 contiguous, mutated; velocity and uncond [B, ...] of any storage dtype;
+    latent [B, ...] float32 contiguous, mutated; velocity and uncond [B, ...] of one storage dtype;
     dt, guidance [B] float32, one per row. uncond and guidance are given together or not at all;
     without them v = velocity.
     """
+    writes("euler_step", (latent,), velocity, uncond, dt, guidance)
     torch.ops.kelix.euler_step(latent, velocity, uncond, dt, guidance)
 
 
@@ -164,17 +168,17 @@ def euler_step_ref(
     latent.add_(dt.view(per_row) * step)
 
 
-@torch.library.register_fake("kelix::modulate")
+@register_fake("modulate")
 def _modulate_fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("kelix::gated_residual")
+@register_fake("gated_residual")
 def _gated_residual_fake(x: Tensor, gate: Tensor, y: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("kelix::relu_linear_attention")
+@register_fake("relu_linear_attention")
 def _relu_linear_attention_fake(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -186,14 +190,14 @@ def _relu_linear_attention_fake(
     return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
 
 
-@torch.library.register_fake("kelix::depthwise_glu")
+@register_fake("depthwise_glu")
 def _depthwise_glu_fake(
     x: Tensor, weight: Tensor, bias: Tensor, pre_act: int = 1, gate_act: int = 1
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.register_fake("kelix::euler_step")
+@register_fake("euler_step")
 def _euler_step_fake(
     latent: Tensor,
     velocity: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 
 
@@ -41,12 +42,12 @@ def skinny_linear_int8_ref(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (wide(x) @ weight.to(wide(x).dtype).T * scale).to(x.dtype)
 
 
-@torch.library.register_fake("kelix::skinny_linear")
+@register_fake("skinny_linear")
 def _skinny_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("kelix::skinny_linear_int8")
+@register_fake("skinny_linear_int8")
 def _skinny_linear_int8_fake(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 

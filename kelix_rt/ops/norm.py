@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kelix_rt.ops._autograd import differentiate
+from kelix_rt.ops._autograd import differentiate, writes
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 
 
@@ -28,7 +29,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-@torch.library.register_fake("kelix::rms_norm")
+@register_fake("rms_norm")
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -37,8 +38,10 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6)
     """Adds x to the residual stream in place, then returns `rms_norm` of the new residual.
 
     residual: [..., D], contiguous, overwritten with ``round(residual + x)``; the norm reads the
-    rounded value. x: same shape and dtype. weight: [D]. Returns [..., D].
+    rounded value. x: same shape and dtype. weight: [D]. Returns [..., D]. Raises RuntimeError where
+    an input requires a gradient: it has none.
     """
+    writes("add_rms_norm", (residual,), x, weight)
     return torch.ops.kelix.add_rms_norm(residual, x, weight, eps)
 
 
@@ -48,7 +51,7 @@ def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1
     return rms_norm_ref(residual, weight, eps)
 
 
-@torch.library.register_fake("kelix::add_rms_norm")
+@register_fake("add_rms_norm")
 def _add_rms_norm_fake(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
@@ -77,7 +80,7 @@ def layer_norm_ref(
     return normed.to(x.dtype)
 
 
-@torch.library.register_fake("kelix::layer_norm")
+@register_fake("layer_norm")
 def _layer_norm_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from kelix_rt.ops._fake import register_fake
 from kelix_rt.ops._wide import wide
 
 _WORD = 0xFFFFFFFF
@@ -186,7 +187,7 @@ def sample_blocks_ref(
     )
 
 
-@torch.library.register_fake("kelix::sample_blocks")
+@register_fake("sample_blocks")
 def _sample_blocks_fake(
     logits: Tensor,
     params: Tensor,

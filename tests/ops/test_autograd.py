@@ -96,3 +96,71 @@ def test_a_second_derivative_is_refused() -> None:
     (first,) = torch.autograd.grad(ops.rms_norm(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def written() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
+    """The operators that write their first input in place, and inputs of theirs."""
+    x, y, gate = randn(2, 3, 8), randn(2, 3, 8, seed=1), randn(2, 8, seed=2)
+    return {
+        "add_rms_norm": (ops.add_rms_norm, [x[0], y[0], gate[0]]),
+        "gated_residual": (ops.gated_residual, [x, gate, y]),
+        "euler_step": (
+            lambda latent, velocity, dt: ops.euler_step(latent, velocity, None, dt, None),
+            [x, y, randn(2, seed=3)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", written())
+def test_writing_in_place_has_no_gradient_and_says_so(name: str) -> None:
+    op, inputs = written()[name]
+    for number in range(2):
+        own = [tensor.clone() for tensor in inputs]
+        own[number].requires_grad_()
+        with pytest.raises(RuntimeError, match=f"{name}: writes in place and has no gradient"):
+            op(*own)
+        with torch.no_grad():
+            op(*own)
+        with torch.inference_mode():
+            op(*(tensor.clone() for tensor in inputs))
+
+
+def test_a_graph_that_kept_what_is_written_raises() -> None:
+    """As after torch's own in-place functions; without, the gradient would be of other values."""
+    x, weight = randn(2, 8).requires_grad_(), torch.ones(8)
+    hidden = x * 1
+    normed = ops.rms_norm(hidden, weight)
+    with torch.no_grad():
+        ops.add_rms_norm(hidden, randn(2, 8, seed=1), weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        normed.sum().backward()
+
+
+def test_ids_behind_the_end_have_no_gradient_and_no_bounds() -> None:
+    table = randn(6, 4).requires_grad_()
+    ops.block_embed(torch.tensor([[4, 1, 77, 1]]), table, 3, 1).sum().backward()
+    assert table.grad is not None
+    assert table.grad[:, 0].tolist() == [0, 0, 0, 0, 1, 0]
+
+
+def test_nothing_has_a_gradient_of_nothing() -> None:
+    x, weight, bias = torch.zeros(1, 0, 3, 4), randn(4, 3, 3), randn(4)
+    weight.requires_grad_()
+    ops.depthwise_glu(x, weight, bias, 1, 2).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_a_table_is_not_copied_under_autocast() -> None:
+    table = randn(10, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.block_embed(IDS, table, 5, 9).dtype == torch.bfloat16
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    weight = torch.ones(8, device="meta")
+    with pytest.raises(RuntimeError, match="rms_norm: all tensors must be on one device, got cpu"):
+        ops.rms_norm(randn(2, 8), weight)
+    residual = randn(2, 8)
+    with pytest.raises(RuntimeError, match="one on meta has no values"):
+        ops.add_rms_norm(residual, randn(2, 8), weight)
+    assert ops.rms_norm(randn(2, 8).to("meta"), weight).shape == (2, 8)

@@ -246,3 +246,19 @@ def test_opcheck_of_cutlass() -> None:
         pytest.skip("built without CUTLASS, or a GPU other than sm_90")
     norms = ops.codebook_norms(codebooks)
     opcheck(torch.ops.kelix.nearest_codes_cutlass.default, z, codebooks, norms, None)
+
+
+def test_a_compiled_call_is_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice is of some sizes, and would make one program of every one of them."""
+    books = randn(2, 9, 8)
+    norms = ops.codebook_norms(books)
+    ops.tune_nearest_codes(books, norms, tokens=[500])
+    assert forms.CHOSEN
+    compiled = torch.compile(
+        lambda z: ops.nearest_codes(z, books, norms), backend="eager", fullgraph=True, dynamic=True
+    )
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    for tokens in range(2, 12):
+        z = randn(tokens, 2, 8)
+        assert torch.equal(compiled(z), ops.nearest_codes(z, books, norms))

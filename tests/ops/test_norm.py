@@ -80,6 +80,15 @@ def test_layer_norm_far_from_zero() -> None:
     assert (ops.layer_norm(x, None, None, 1e-6) - exact).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("cols", [120, 1000])
+def test_a_large_constant_row_has_no_variance(cols: int) -> None:
+    """Rounding leaves less than nothing of it at these widths, whose root would be NaN."""
+    x = torch.full((3, cols), 3e7) + torch.tensor([[0.0], [5e6], [-7e7]])
+    assert ops.layer_norm(x, None, None, 1e-6).abs().max() < 0.01
+    shift, scale = torch.zeros(1, cols), torch.zeros(1, cols)
+    assert ops.modulate(x[None], shift, scale, 1e-6).abs().max() < 0.01
+
+
 def test_eps_matters_on_quiet_rows() -> None:
     x = randn(4, 64, scale=1e-3)
     near = ops.layer_norm(x, None, None, 1e-6)

@@ -303,6 +303,7 @@ def test_philox_known_answers() -> None:
             r"sample_blocks: logits must have at least one column, got \[2, 0\]",
         ),
         ({"first_id": -1}, "sample_blocks: first_id must be >= 0"),
+        ({"first_id": 2**63 - 3}, "sample_blocks: first_id must be >= 0, and first_id"),
     ],
 )
 def test_errors_name_the_rule(change: dict[str, object], message: str) -> None:
