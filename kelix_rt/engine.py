@@ -89,15 +89,16 @@ class Engine(LoadedEngine):
         self,
         messages: str | Messages,
         sampling: SamplingParams | None = None,
-        **template_options: Any,
+        *,
+        template_options: Mapping[str, Any] | None = None,
     ) -> ChatOutput:
         """Answers OpenAI-style messages, which may hold images, or a plain question.
 
-        template_options: what the checkpoint's chat template reads besides the messages (tools,
-        enable_thinking, ...). Raises InputError for messages that cannot be used, ConfigError
+        template_options: what the checkpoint's chat template reads besides the messages, such as
+        {"enable_thinking": False}. Raises InputError for messages that cannot be used, ConfigError
         without a tokenizer.
         """
-        output = self._run_one(self.add_chat(messages, sampling, **template_options))
+        output = self._run_one(self.add_chat(messages, sampling, template_options=template_options))
         return ChatOutput(
             self._reply_text(output.blocks),
             output.blocks,
@@ -110,7 +111,8 @@ class Engine(LoadedEngine):
         self,
         messages: str | Messages,
         sampling: SamplingParams | None = None,
-        **template_options: Any,
+        *,
+        template_options: Mapping[str, Any] | None = None,
     ) -> int:
         """Queues the answer to messages, as `chat` takes them, and returns the request's number.
 
@@ -120,14 +122,17 @@ class Engine(LoadedEngine):
         Raises ConfigError without a tokenizer.
         """
         _ = self.processor  # what it is made of is loaded here
-        prompt = partial(self.chat_prompt, copied(messages), **copied(template_options))
+        options = copied(template_options)
+        prompt = partial(self.chat_prompt, copied(messages), template_options=options)
         return self._add_later(prompt, sampling)
 
-    def chat_prompt(self, messages: str | Messages, **template_options: Any) -> Prompt:
+    def chat_prompt(
+        self, messages: str | Messages, *, template_options: Mapping[str, Any] | None = None
+    ) -> Prompt:
         """The prompt `chat` runs, for add_request and stream."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        encoded = self.processor.encode(messages, **template_options)
+        encoded = self.processor.encode(messages, **(template_options or {}))
         if not encoded.images:
             return Prompt(encoded.ids)
         pixels, grids = zip(*encoded.images, strict=True)

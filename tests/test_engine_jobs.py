@@ -82,6 +82,14 @@ def test_messages_get_the_answer_of_their_prompt(engine: Engine) -> None:
     assert_idle(engine)
 
 
+def test_options_of_the_template_reach_it(engine: Engine) -> None:
+    options = {"chat_template": "{{ messages[0].content }}{{ tail }}", "tail": " you"}
+    prompt = engine.chat_prompt("Hello", template_options=options)
+    assert prompt.ids == engine.text.encode("Hello you")
+    expected = engine.generate([prompt], SAMPLING)[0]
+    assert engine.chat("Hello", SAMPLING, template_options=options).text == expected.text
+
+
 def test_messages_may_be_used_again_at_once(held: tuple[Engine, Held]) -> None:
     engine, stopper = held
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
