@@ -18,8 +18,10 @@ class Calls(Loop):
         """Aborts those of the requests that run, and drops the events nobody will read."""
         for number in request_ids:
             self._mail[number] = deque()
-            self.abort(number)
-            del self._mail[number]
+            try:
+                self.abort(number)
+            finally:
+                del self._mail[number]
 
     def collect(self, request_id: int) -> Iterator[Event]:
         """The events of one request until its last one, running steps as needed; those of steps

@@ -44,7 +44,8 @@ class Engine(LoadedEngine):
     """A Kelix checkpoint ready to serve. Make one with `from_pretrained`.
 
     Every call may run next to others: requests of all calls share the same steps. Not
-    thread-safe: one thread calls all methods.
+    thread-safe: one thread calls all methods, or calls take turns; a call while another thread is
+    inside a step raises KelixError.
     """
 
     @cached_property

@@ -15,6 +15,7 @@ import numpy as np
 
 from kelix_rt.errors import AsleepError, KelixError
 from kelix_rt.jobs import Jobs
+from kelix_rt.one_thread import OneThread
 from kelix_rt.outcome import aborted_output, not_finite, output_of
 from kelix_rt.plans import BlockPlan, EncodePlan, PicturePlan, RenderPlan, StepPlan
 from kelix_rt.request import (
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 
 
 class Loop:
-    """Continuous batching over one runner. Not thread-safe: one thread calls all methods.
+    """Continuous batching over one runner. Not thread-safe: one thread calls all methods, and one
+    that comes while another is inside gets a KelixError.
 
     A request is a sequence from `submit` on; before, it may be a job that makes its prompt.
     """
@@ -58,6 +60,7 @@ class Loop:
         self._unread: deque[Event] = deque()
         self._flight: Flight | None = None  # a block step under way, launched ahead
         self.counts = EngineStats()
+        self._one_thread = OneThread()
 
     @property
     def runner(self) -> Runner:
@@ -84,8 +87,9 @@ class Loop:
 
     def submit(self, sequence: Sequence) -> int:
         """Queues a request and returns its number. CapacityError when it could never run."""
-        self.scheduler.add(sequence)
-        self._requests[sequence.request_id] = sequence
+        with self._one_thread:
+            self.scheduler.add(sequence)
+            self._requests[sequence.request_id] = sequence
         return sequence.request_id
 
     def abort(self, request_id: int) -> Output | None:
@@ -94,13 +98,14 @@ class Loop:
         None when there is no such request, it has ended, or its output cannot be made; the last
         emits RequestFailed.
         """
-        sequence = self._requests.get(request_id)
-        if sequence is None:
-            return self._abort_prompt(request_id)
-        sequence.finish_reason = "abort"
-        output = self._finish(sequence)
-        self._forget_flight()
-        return output
+        with self._one_thread:
+            sequence = self._requests.get(request_id)
+            if sequence is None:
+                return self._abort_prompt(request_id)
+            sequence.finish_reason = "abort"
+            output = self._finish(sequence)
+            self._forget_flight()
+            return output
 
     def _abort_prompt(self, request_id: int) -> Output | None:
         """Ends a request whose prompt is still being made; None where there is none."""
@@ -127,7 +132,12 @@ class Loop:
         self._mail.get(event.request_id, self._unread).append(event)
 
     def _step(self) -> bool:
-        """Runs one step; whether there was one to run.
+        """Runs one step; whether there was one to run."""
+        with self._one_thread:
+            return self._run_step()
+
+    def _run_step(self) -> bool:
+        """As `_step`, for the thread that is inside.
 
         Of a block step the blocks are read only after the next step was launched, where that can
         be planned without them; that one is then under way when this returns.

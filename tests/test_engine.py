@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from kelix_rt import (
     BlockEvent,
     InputError,
+    KelixError,
     Prompt,
     RequestDone,
     SamplingParams,
@@ -285,6 +289,34 @@ def test_events_that_wait_are_given_to_who_asks_for_them(golden: Path) -> None:
         assert isinstance(events[-1], RequestDone)
     assert engine.step() == []
     assert_idle(engine)
+
+
+def test_a_second_thread_is_told_and_harms_nobody(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = golden / "llm" / "tiny_a"
+    engine = load_engine(path)
+    inside, told = threading.Event(), threading.Event()
+    launch = engine.runner.blocks.launch
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        assert told.wait(60)
+        return launch(*args)
+
+    monkeypatch.setattr(engine.runner.blocks, "launch", slow)
+    prompt, sampling = golden_prompt(path, "gen0")[0], golden_sampling(path)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(engine.generate, [prompt], sampling)
+        assert inside.wait(60)
+        for call in (lambda: engine.generate([prompt], sampling), lambda: engine.abort(0)):
+            with pytest.raises(KelixError, match="not thread-safe, and another thread is inside"):
+                call()
+        told.set()
+        (output,) = first.result(60)
+    np.testing.assert_array_equal(output.blocks, golden_blocks(path, "gen0"))
+    assert_idle(engine)
+    assert engine._mail == {}
 
 
 def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
