@@ -67,13 +67,12 @@ def test_decode(compare: Comparison, device: str, dtype: torch.dtype) -> None:
     def ours() -> Tensor:
         return case.attend(k, v)
 
+    rows, grouped = table.long(), q.unflatten(1, (KV_HEADS, -1))
+
     def gather_sdpa() -> Tensor:
-        rows = table.long()
-        keys, values = (
-            cache[rows].transpose(1, 2).flatten(2, 3).repeat_interleave(HEADS // KV_HEADS, 1)
-            for cache in (k, v)
-        )
-        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
+        """The query heads of a group are rows over its keys, which so need not be repeated."""
+        keys, values = (cache[rows].transpose(1, 2).flatten(2, 3) for cache in (k, v))
+        return F.scaled_dot_product_attention(grouped, keys, values).flatten(1, 2)
 
     peers: dict[str, Call | str] = {
         "gather_sdpa": gather_sdpa,

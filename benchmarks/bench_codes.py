@@ -74,6 +74,17 @@ def test_nearest_codes(compare: Comparison, device: str, tokens: int, dtype: tor
     def gemm_argmin() -> Tensor:
         return (norms.unsqueeze(1) - 2 * torch.bmm(by_book, transposed)).argmin(-1).t()
 
+    distances = z.new_empty(tokens, CODES)
+
+    def gemm_argmin_by_book() -> Tensor:
+        """One book after the other, into memory that is kept."""
+        found = []
+        for own, tokens_of, codes_of in zip(norms.to(dtype), by_book, transposed, strict=True):
+            torch.addmm(own, tokens_of, codes_of, alpha=-2, out=distances)
+            found.append(distances.argmin(-1))
+        return torch.stack(found, dim=1)
+
+    products = z.new_empty(BOOKS, tokens, CODES)
     # The forms that `ops.tune_nearest_codes` chooses from; without tuning "ours" is the kernel.
     others = {
         name: partial(form, z, books, norms)
@@ -86,6 +97,7 @@ def test_nearest_codes(compare: Comparison, device: str, tokens: int, dtype: tor
         **{f"our_{name}_form": "does not run on this device in this dtype" for name in absent},
         "cdist_argmin": lambda: torch.cdist(wide, wide_books).argmin(-1).t(),
         "compiled_gemm_argmin": compiled(gemm_argmin),
+        "gemm_argmin_by_book": gemm_argmin_by_book,
         "faiss": faiss_search(z, books),
         "vector_quantize_pytorch": vector_quantize(z, books),
     }
@@ -100,7 +112,7 @@ def test_nearest_codes(compare: Comparison, device: str, tokens: int, dtype: tor
     compare(
         lambda: ops.nearest_codes(z, books, norms),
         peers,
-        {"bare_gemm": lambda: torch.bmm(by_book, transposed)},
+        {"bare_gemm": lambda: torch.bmm(by_book, transposed, out=products)},
         flops=2 * tokens * BOOKS * CODES * DIM,
         dtype=dtype,
         repeats=5 if tokens < 1000 else 2,

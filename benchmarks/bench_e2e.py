@@ -75,7 +75,8 @@ def reading_prompt(seed: int) -> Prompt:
 
 
 def answer_many(engine: Engine, count: int) -> None:
-    """Answers about `count` different pictures; nothing of them is in the prefix cache."""
+    """Answers about `count` different pictures; nothing of them is in the prefix cache, and codes
+    must not be kept either."""
     engine.scheduler.pool.reset_cache()
     for output in engine.generate([reading_prompt(i) for i in range(count)], greedy(ANSWER)):
         assert len(output.blocks) == ANSWER
@@ -108,7 +109,7 @@ def test_picture_against_the_release(compare: Comparison, machine: Machine, mid_
     assert image.condition_length == BLOCKS
     difference = np.abs(np.asarray(image.image).astype(int) - pixels)
     assert difference.max() <= 1 and (difference == 0).mean() >= 0.995
-    mine = compare.benchmark.stats.stats.min
+    mine = compare.benchmark.stats.stats.mean  # theirs is one run
     compare.record(
         {
             "seconds": round(mine, 2),
@@ -154,7 +155,7 @@ def test_throughput_of_pictures(compare: Comparison, machine: Machine, mid_size:
 
 
 def test_throughput_of_answers(compare: Comparison, machine: Machine, mid_size: Path) -> None:
-    engine = loaded(mid_size, machine)
+    engine = loaded(mid_size, machine, image_cache_bytes=0)  # every picture is encoded
     prefer_text(engine.runner.model.head)
     rates = throughput(compare, machine, engine, answer_many)
     assert rates[8] >= AIM * rates[1]

@@ -1,4 +1,4 @@
-"""skinny_linear at the shapes of a mid-size backbone: eight layers of four products, 25 M weights.
+"""skinny_linear at the shapes of a backbone: eight layers of four products, 31.5 M weights.
 
 Floor: the weights, read once.
 """

@@ -10,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.checkpoints import write_kelix
 from benchmarks.compare import Comparison, Machine
+from kelix_rt.train.allocator import keep_freed_memory
 
 MACHINE = pytest.StashKey[Machine]()
 
@@ -20,7 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Chooses the device: a GPU where there is one."""
+    """Chooses the device: a GPU where there is one.
+
+    Freed memory is kept, for both sides: peers that make large tensors would else be timed at
+    getting them from the system anew in every call.
+    """
+    keep_freed_memory()
     torch.set_num_threads(config.getoption("--threads"))
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in the peers' convolutions too
     config.stash[MACHINE] = Machine("cuda" if torch.cuda.is_available() else "cpu")

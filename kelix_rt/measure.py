@@ -143,7 +143,9 @@ def trace(
     render: RenderParams | None = None,
 ) -> Trace:
     """Runs one request alone and times every step. Raises what it fails with."""
-    engine.scheduler.pool.reset_cache()  # a prompt that is there already would cost nothing
+    engine.scheduler.pool.reset_cache()  # a prompt that is there already would cost nothing,
+    if engine.image_cache is not None:  # nor would the encoding of its picture
+        engine.image_cache.clear()
     start = time.perf_counter()
     number = engine.add_request(prompt, sampling, render=render)
     spans: list[Span] = []

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kelix_rt import Engine, SamplingParams
+from kelix_rt.assets import SCENE
 from kelix_rt.cli import main
 from kelix_rt.cli.timeline import COLOURS, WIDTH, draw_timeline
-from kelix_rt.measure import Span, Trace
+from kelix_rt.measure import Span, Trace, trace
 
 
 def run(*args: object) -> int:
@@ -32,6 +34,16 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert spans[-1]["stage"] == "decode" and spans[-1]["end"] == drawing["seconds"]
     with Image.open(picture) as image:
         assert image.width == WIDTH
+
+
+def test_every_trace_encodes_its_picture() -> None:
+    """One whose codes are known, or whose rows are, would be timed as if it cost nothing."""
+    engine = Engine.from_pretrained("kelix-tiny", device="cpu", drawing=False)
+    content = [{"type": "image", "image": SCENE}, {"type": "text", "text": "what is this?"}]
+    prompt = engine.chat_prompt([{"role": "user", "content": content}])
+    for number in (1, 2):
+        trace(engine, "picture -> text", prompt, SamplingParams(temperature=0.0, max_blocks=1))
+        assert engine.stats().image_misses == number
 
 
 def test_release_size_on_a_cpu_is_refused(

@@ -34,6 +34,11 @@ class CodeCache:
     def __len__(self) -> int:
         return len(self._codes)
 
+    def clear(self) -> None:
+        """Forgets all codes; the counts of hits and misses stay."""
+        self._codes.clear()
+        self.num_bytes = 0
+
     def get(self, key: bytes) -> Tensor | None:
         """The codes int64 [T, N] of an image, or None; counts as its last use."""
         found = self._codes.get(key)
