@@ -17,15 +17,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs a
   const HeldRow<T, kWidth> scale(static_cast<const T*>(args.scale) + batch * args.cols, args.cols);
   const HeldRow<T, kWidth> shift(static_cast<const T*>(args.shift) + batch * args.cols, args.cols);
 
-  const float mean = row_mean(x, args.cols, scratch);
-  float square_sum = 0;
-  for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
-    float v[kWidth];
-    x.get(at, piece, v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) square_sum += (v[i] - mean) * (v[i] - mean);
-  });
-  const float inv_deviation = rsqrtf(cta_sum(square_sum, scratch) / args.cols + args.eps);
+  const RowStats stats = row_stats(x, args.cols, args.eps, scratch);
   for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
     float v[kWidth];
     float gain[kWidth];
@@ -35,7 +27,8 @@ __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs a
     shift.get(at, piece, offset);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      v[i] = (v[i] - mean) * inv_deviation * (1.0f + gain[i]) + offset[i];
+      const float normed = (v[i] - stats.mean - stats.left_over) * stats.scale;
+      v[i] = normed * (1.0f + gain[i]) + offset[i];
     }
     store_floats(y + at, v);
   });

@@ -49,25 +49,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_kernel(LayerNormArg
   const HeldRow<T, kWidth> weight(row_of(args.weight), args.cols);
   const HeldRow<T, kWidth> bias(row_of(args.bias), args.cols);
 
-  const float rough_mean = row_mean(x, args.cols, scratch);
-  // Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
-  // finds what rounding left in the mean.
-  float left_over = 0;
-  float square_sum = 0;
-  for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
-    float v[kWidth];
-    x.get(at, piece, v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      v[i] -= rough_mean;
-      left_over += v[i];
-      square_sum += v[i] * v[i];
-    }
-  });
-  left_over = cta_sum(left_over, scratch) / args.cols;
-  // Rounding can leave a little less than nothing of equal values.
-  const float variance = cta_sum(square_sum, scratch) / args.cols - left_over * left_over;
-  const float scale = rsqrtf((variance < 0.0f ? 0.0f : variance) + args.eps);
+  const RowStats stats = row_stats(x, args.cols, args.eps, scratch);
   for_each_piece<kWidth>(args.cols, [&](int64_t at, int piece) {
     float v[kWidth];
     x.get(at, piece, v);
@@ -82,7 +64,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_kernel(LayerNormArg
     if (args.bias != nullptr) bias.get(at, piece, shift);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      v[i] = (v[i] - rough_mean - left_over) * scale * gain[i] + shift[i];
+      v[i] = (v[i] - stats.mean - stats.left_over) * stats.scale * gain[i] + shift[i];
     }
     store_floats(y + at, v);
   });

@@ -100,6 +100,38 @@ __device__ __forceinline__ float row_mean(const HeldRow<T, kWidth>& row, int64_t
   return cta_sum(sum, scratch) / cols;
 }
 
+// A row's mean, in two parts: rounded, and what rounding left. scale is 1 / sqrt(variance + eps).
+struct RowStats {
+  float mean;
+  float left_over;
+  float scale;
+};
+
+// Two passes: the one-pass variance loses all its digits on rows far from zero. The second also
+// finds what rounding left in the mean. The same for every thread of a CTA, which calls it
+// together.
+template <class T, int kWidth>
+__device__ __forceinline__ RowStats row_stats(const HeldRow<T, kWidth>& row, int64_t cols,
+                                              float eps, float* scratch) {
+  const float mean = row_mean(row, cols, scratch);
+  float left_over = 0;
+  float square_sum = 0;
+  for_each_piece<kWidth>(cols, [&](int64_t at, int piece) {
+    float v[kWidth];
+    row.get(at, piece, v);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      v[i] -= mean;
+      left_over += v[i];
+      square_sum += v[i] * v[i];
+    }
+  });
+  left_over = cta_sum(left_over, scratch) / cols;
+  const float variance = cta_sum(square_sum, scratch) / cols - left_over * left_over;
+  // Rounding can leave a little less than nothing of equal values.
+  return {mean, left_over, rsqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
+}
+
 // Elementwise kernels: one piece per thread where the grid is large enough. A row is blockIdx.x,
 // its pieces are spread over blockIdx.y.
 inline constexpr int64_t kPieceThreads = 256;  // at most
