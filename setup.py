@@ -86,8 +86,10 @@ def build_native(output: Path) -> None:
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", cuda_archs]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *(f"-D{k}={v}" for k, v in options.items())]
     print(f"kelix_rt: building {'CPU and CUDA' if cuda else 'CPU'} operators with torch at {torch}")
-    if not cuda:
+    if not cuda and os.environ.get("KELIX_CUDA") != "0":
         print("kelix_rt: no nvcc found, CUDA tensors are refused (pip install '.[cuda]' has one)")
+    if shutil.which("cmake") is None:
+        raise SystemExit("kelix_rt: a build outside of pip needs cmake; `make native` installs it")
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
     for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
         if subprocess.run(command, check=False).returncode != 0:
@@ -112,6 +114,9 @@ class BuildPy(build_py):
         super().run()
         in_place = getattr(self, "editable_mode", False)
         package = ROOT / "kelix_rt" if in_place else Path(self.build_lib) / "kelix_rt"
+        if not in_place:  # what an earlier build left may be newer than its sources, and of others
+            for library in package.glob("*.so"):
+                library.unlink()
         build_native(package.resolve())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given
@@ -108,7 +109,13 @@ def test_pixel_values_of_every_byte(ops: dict[str, torch.Tensor]) -> None:
         assert torch.equal(rows[:, channel], ops["pixel_lut"])
 
 
-@pytest.mark.parametrize("name", ["tok_a", "tok_b"])
+# Before 13, Pillow shrank both sides in the other order, with another rounding in between.
+PILLOW_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".", maxsplit=1)[0]) < 13, reason="the golden resize is Pillow 13's"
+)
+
+
+@pytest.mark.parametrize("name", ["tok_a", pytest.param("tok_b", marks=PILLOW_13)])
 def test_pixel_values_equal_the_reference(golden: Path, name: str) -> None:
     fixtures = load_file(golden / "tokenizer" / name / "fixtures.safetensors")
     images = [pil(fixtures[key]) for key in sorted(k for k in fixtures if k.endswith("_rgb"))]
