@@ -22,9 +22,13 @@ Batch = tuple[str, Callable[[], Tensor]]
 
 
 def encoded(
-    cache: Path, facts: Mapping[str, object], model: nn.Module, batches: Sequence[Batch]
+    cache: Path,
+    facts: Mapping[str, object],
+    model: nn.Module,
+    plan: Callable[[], Sequence[Batch]],
 ) -> dict[str, Tensor]:
-    """Tensors by name: those of the batches of that name end to end.
+    """Tensors by name: those of the batches of that name end to end. plan: what they are, asked
+    where any is to be made.
 
     Read from `cache` when it holds exactly them: it names the world, `facts` and the weights of
     `model`; another one is replaced. What an interrupted call had made is in `<cache>.part` and not
@@ -38,7 +42,7 @@ def encoded(
     part = cache.with_name(cache.name + ".part")
     made, first = _read(part, label) or ({}, 0)
     found = {name: [tensor] for name, tensor in made.items()}
-    saved_at = time.monotonic()
+    batches, saved_at = plan(), time.monotonic()
     for number in track(range(first, len(batches)), description=f"encoding for {cache.stem}"):
         name, make = batches[number]
         found.setdefault(name, []).append(make())

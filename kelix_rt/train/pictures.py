@@ -17,7 +17,7 @@ from torch import Tensor
 from kelix_rt.models.vae import to_uint8
 from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
-from kelix_rt.train.encoded import encoded
+from kelix_rt.train.encoded import Batch, encoded
 from kelix_rt.train.world import draw, make_scene
 from kelix_rt.train.world_scene import Scene, plain, strange
 
@@ -148,18 +148,20 @@ def encode_pictures(
     """
     facts = {"side": side, "others": other_sides, "count": count, "seed": seed, "of": list(_KINDS)}
 
-    scenes = [scene_of(index, seed) for index in range(count)]
-    twins = [strange_twin(scene) for scene in scenes]
-    shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
-    views = [(kind, own, side) for kind, own in zip(_KINDS, shown, strict=True)]
-    for number, length in enumerate(other_sides):
-        views.append((f"other.{length}", scenes[number :: len(other_sides)], length))
-    batches = [
-        (name, partial(_codes, tokenizer, images, batch, length))
-        for name, own, length in views
-        for batch in _batches(own)
-    ]
-    stored = encoded(cache, facts, tokenizer, batches)
+    def plan() -> list[Batch]:
+        scenes = [scene_of(index, seed) for index in range(count)]
+        twins = [strange_twin(scene) for scene in scenes]
+        shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
+        views = [(kind, own, side) for kind, own in zip(_KINDS, shown, strict=True)]
+        for number, length in enumerate(other_sides):
+            views.append((f"other.{length}", scenes[number :: len(other_sides)], length))
+        return [
+            (name, partial(_codes, tokenizer, images, batch, length))
+            for name, own, length in views
+            for batch in _batches(own)
+        ]
+
+    stored = encoded(cache, facts, tokenizer, plan)
     other = {s: stored[f"other.{s}"] for s in other_sides if f"other.{s}" in stored}
 
     def to_ids(codes: Tensor) -> Tensor:
@@ -173,11 +175,14 @@ def encode_pictures(
 def encode_latents(vae: AutoencoderDC, count: int, side: int, seed: int, cache: Path) -> Tensor:
     """Latents bfloat16 [3 * count, C, h, w] in the DiT's scale, cached: of the train pictures as
     they are, of the same pictures plain, and of their strange twins."""
-    scenes = [scene_of(index, seed) for index in range(count)]
-    shown = [*scenes, *map(plain, scenes), *map(strange_twin, scenes)]
-    batches = [("latents", partial(_latents, vae, batch, side)) for batch in _batches(shown)]
+
+    def plan() -> list[Batch]:
+        scenes = [scene_of(index, seed) for index in range(count)]
+        shown = [*scenes, *map(plain, scenes), *map(strange_twin, scenes)]
+        return [("latents", partial(_latents, vae, batch, side)) for batch in _batches(shown)]
+
     facts = {"side": side, "count": count, "seed": seed}
-    return encoded(cache, facts, vae, batches)["latents"]
+    return encoded(cache, facts, vae, plan)["latents"]
 
 
 def to_pixels(pictures: list[object]) -> Tensor:
