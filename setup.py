@@ -44,6 +44,13 @@ def cuda_root() -> Path | None:
     """The CUDA toolkit to build with: CUDA_HOME, CUDA_PATH, /usr/local/cuda, pip's, then PATH."""
     if os.environ.get("KELIX_CUDA", "auto") == "0":
         return None
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        named = os.environ.get(name)
+        if named and not (Path(named) / "bin" / "nvcc").exists():
+            raise SystemExit(
+                f"kelix_rt: {name} must name a CUDA toolkit, got {named}, which has no bin/nvcc; "
+                "unset it, or set KELIX_CUDA=0 to build for the CPU alone"
+            )
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvidia = environment_package("nvidia")
     if nvidia:
