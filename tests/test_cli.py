@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,11 @@ def drawing(golden: Path) -> tuple[str, ...]:
 def engine(golden: Path, model: Path) -> Engine:
     parts = golden / "e2e_dit"
     return Engine.from_pretrained(model, dit=parts / "dit", vae=parts / "vae", device="cpu")
+
+
+def test_the_version_is_that_of_the_installed_package(kelix) -> None:
+    result = kelix("--version")
+    assert (result.code, result.out) == (0, f"kelix_rt {version('kelix-rt')}\n")
 
 
 def test_chat_streams_the_answer(kelix, model: Path, engine: Engine) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from kelix_rt import __version__
 from kelix_rt.cli import bench, generate, images, inspection, parity
 from kelix_rt.cli.output import print_error
 from kelix_rt.errors import KelixError
 
 app = typer.Typer(
     name="kelix",
-    help="Run Kelix: images and text in, text and images out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +27,24 @@ app.command()(images.reconstruct)
 app.command()(inspection.info)
 app.command()(bench.bench)
 app.command("parity")(parity.run_parity)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kelix_rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kelix(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run Kelix: images and text in, text and images out."""
 
 
 def run(args: Sequence[str] | None) -> None:
