@@ -8,7 +8,7 @@ namespace kelix::cuda {
 
 // One CTA per row.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateArgs args) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(ModulateArgs args) {
   KELIX_SHARED(float, scratch, [kMaxRowWarps]);
   const int64_t row = blockIdx.x;
   const int64_t batch = blockIdx.x / static_cast<unsigned>(args.tokens);
