@@ -67,6 +67,17 @@ def test_it_answers_alike_in_float32_bfloat16_and_int8(engine: Engine) -> None:
     assert sum(a == b for a, b in zip(exact, expected, strict=True)) / len(asked) >= RIGHT
 
 
+def admitted(model: KelixLM, ids: list[int]) -> slice:
+    """What may follow in a block that began so: text or the first book, then book by book."""
+    qwen, end = model.config.qwen_config, model.config.block_end
+    if not ids:
+        return slice(0, qwen.vocab_size + qwen.codes_per_book)
+    if ids[0] < qwen.vocab_size or len(ids) == model.config.num_codes:
+        return slice(end, end + 1)
+    start = qwen.vocab_size + len(ids) * qwen.codes_per_book
+    return slice(start, start + qwen.codes_per_book)
+
+
 def recomputed(model: KelixLM, blocks: torch.Tensor, count: int) -> torch.Tensor:
     """`count` greedy blocks after `blocks` [S, N+1], each from the whole sequence anew."""
     end = model.config.block_end
@@ -75,7 +86,8 @@ def recomputed(model: KelixLM, blocks: torch.Tensor, count: int) -> torch.Tensor
         inputs, ids = hidden.unsqueeze(0), []
         while len(ids) < blocks.shape[1] and end not in ids:
             logits = model.head_logits(model.block_decoder(inputs))[0, -1]
-            ids.append(int(logits.argmax()))
+            allowed = admitted(model, ids)
+            ids.append(allowed.start + int(logits[allowed].argmax()))
             row = F.embedding(torch.tensor([[ids[-1]]]), model.embeddings)
             inputs = torch.cat((inputs, row), dim=1)
         row = torch.full((1, blocks.shape[1]), end)

@@ -15,7 +15,7 @@ from kelix_rt.processing import ChatProcessor
 from kelix_rt.train.pictures import CodedPicture, Subject
 from kelix_rt.train.pure_text import text_sample
 from kelix_rt.train.world_questions import questions
-from kelix_rt.train.world_scene import Scene
+from kelix_rt.train.world_scene import Scene, unnamed
 from kelix_rt.train.world_text import (
     Question,
     caption,
@@ -173,7 +173,7 @@ def _shown(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document
 
 
 def _strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """`_shown` of things whose colours, or else shapes, have no name."""
+    """`_shown` of things with odd colours, or else odd shapes."""
     scene, picture = subject.stranger()
     return chats.lines(picture, _some(scene, rng, 12))
 
@@ -225,6 +225,12 @@ def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random
     return chats.answers(subject.seen(rng), _relations(subject.scene, rng, 6))
 
 
+def _strange_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """How things lie to each other of which no text tells how such shapes may lie."""
+    scene, picture = subject.stranger()
+    return chats.answers(picture, _relations(scene, rng, 6))
+
+
 def _draw(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
     return drawing(chats, prompt(subject.scene, rng).text, subject.answer())
 
@@ -234,9 +240,11 @@ def _draw_exactly(chats: ChatBuilder, subject: Subject, rng: random.Random) -> D
     return drawing(chats, full_request(subject.scene, rng), subject.answer())
 
 
-def _draw_strange(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """A request for things of which either the shape or the colour alone is told."""
-    scene, picture = subject.strange_answer()
+def _draw_odd(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
+    """A request for odd things, of which what is odd is told more often than not."""
+    scene, picture = subject.odd_answer()
+    if rng.random() < 0.2:
+        scene = unnamed(scene)
     wanted = full_request(scene, rng) if rng.random() < 0.5 else prompt(scene, rng).text
     return drawing(chats, wanted, picture)
 
@@ -271,8 +279,9 @@ TASKS: Mapping[str, Task] = {
     "inventory": _inventory,
     "questions": _questions,
     "relation questions": _relation_questions,
+    "strange relations": _strange_relations,
     "one_question": _one_question,
     "draw": _draw,
     "draw exactly": _draw_exactly,
-    "draw strange": _draw_strange,
+    "draw odd": _draw_odd,
 }

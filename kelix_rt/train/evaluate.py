@@ -1,9 +1,10 @@
 """What a trained checkpoint can do, measured through the engine on pictures it has never seen.
 
 Understanding: answers to questions about pictures of the test split, right when they equal the only
-right answer. Drawing: pictures drawn from test prompts, read by the checker, which is no model;
-only what a prompt states is judged. Reconstruction: pictures drawn from the codes of a picture.
-Codebooks: how many codes of each sub-codebook the validation pictures use.
+right answer, and about relations when they come to it. Drawing: pictures drawn from test prompts,
+read by the checker, which is no model; only what a prompt states is judged. Reconstruction: drawn
+from the codes of a picture. Codebooks: how many codes of each sub-codebook the validation pictures
+use.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kelix_rt.train.checker import judge
 from kelix_rt.train.sheet import contact_sheet
 from kelix_rt.train.states import write_whole
 from kelix_rt.train.world import Sample, draw, make_sample, make_scenes, make_text
+from kelix_rt.train.world_text import conclusion
 
 SHEET_PICTURES = 16
 _TOGETHER = 32
@@ -107,7 +109,10 @@ def understanding(engine: Engine, amounts: Amounts) -> dict[str, dict[str, float
         greedy = SamplingParams(temperature=0.0, max_blocks=40)
         outputs = engine.generate(prompts, greedy)
         for (kind, _, _, answer), output in zip(batch, outputs, strict=True):
-            score.add(kind, (output.text or "").strip() == answer)
+            said = (output.text or "").strip()
+            if kind == "relation":  # the places in front are how it got there
+                said, answer = conclusion(said), conclusion(answer)  # noqa: PLW2901
+            score.add(kind, said == answer)
     return score.table()
 
 

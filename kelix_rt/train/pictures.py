@@ -19,14 +19,14 @@ from kelix_rt.models.vision_tokenizer import VisionTokenizer
 from kelix_rt.processing import ImageProcessor
 from kelix_rt.train.encoded import Batch, encoded
 from kelix_rt.train.world import draw, make_scene
-from kelix_rt.train.world_scene import Scene, plain, strange
+from kelix_rt.train.world_scene import Scene, odd, plain, strange
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
 
 ALL_SCENES = 1_000_000  # train scenes that parts draw from which need no codes of them
 _BATCH = 16
-_KINDS = ("drawn", "plain", "strange", "plain_strange")  # fields of `PictureCodes`
+_KINDS = ("drawn", "plain", "strange", "odd")  # fields of `PictureCodes`
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class PictureCodes:
     """Codes of train pictures 0 .. count - 1.
 
     drawn: int16 [count, T, N] at the side that drawings have. plain: the same of the scenes without
-    their nuisances (`plain`). strange: the same of their strange twins (`strange_twin`), and
-    plain_strange of those without nuisances.
+    their nuisances (`plain`). strange: as drawn, of their strange twins (`strange_twin`). odd: as
+    plain, of their odd ones (`odd_twin`).
     other: codes at one further side per picture: side -> int16 [pictures with this side, T', N];
     picture i has other_sides[i % len].
     to_ids: codes [T, N] -> ids of the unified vocabulary.
@@ -52,7 +52,7 @@ class PictureCodes:
     drawn: Tensor
     plain: Tensor
     strange: Tensor
-    plain_strange: Tensor
+    odd: Tensor
     other: Mapping[int, Tensor]
     side: int
     patch: int
@@ -75,9 +75,9 @@ class PictureCodes:
         """Its scene's strange twin."""
         return self._coded(self.strange[index], self.side)
 
-    def strange_answer(self, index: int) -> CodedPicture:
-        """What a request for the strange twin is answered with: the twin, plain."""
-        return self._coded(self.plain_strange[index], self.side)
+    def odd_answer(self, index: int) -> CodedPicture:
+        """What a request for its odd twin is answered with: the twin, plain."""
+        return self._coded(self.odd[index], self.side)
 
     def seen(self, index: int, rng: random.Random) -> CodedPicture:
         """Picture `index` at any side: a third of the time not the one of drawings."""
@@ -112,9 +112,9 @@ class Subject:
         """The scene's strange twin and its picture."""
         return strange_twin(self.scene), self.codes().stranger(self.index)
 
-    def strange_answer(self) -> tuple[Scene, CodedPicture]:
-        """The scene's strange twin and what a request for it is answered with."""
-        return strange_twin(self.scene), self.codes().strange_answer(self.index)
+    def odd_answer(self) -> tuple[Scene, CodedPicture]:
+        """The scene's odd twin and what a request for it is answered with."""
+        return odd_twin(self.scene), self.codes().odd_answer(self.index)
 
     def seen(self, rng: random.Random) -> CodedPicture:
         """The picture at any side."""
@@ -127,8 +127,13 @@ def scene_of(index: int, seed: int) -> Scene:
 
 
 def strange_twin(scene: Scene) -> Scene:
-    """The scene with unnamed colours or shapes, always the same."""
-    return strange(scene, random.Random(scene.variation))
+    """The scene with odd colours or else shapes, always the same."""
+    return strange(scene, random.Random(f"strange {scene.variation}"))
+
+
+def odd_twin(scene: Scene) -> Scene:
+    """The scene with some things odd, always the same."""
+    return odd(scene, random.Random(f"odd {scene.variation}"))
 
 
 def encode_pictures(
@@ -151,7 +156,8 @@ def encode_pictures(
     def plan() -> list[Batch]:
         scenes = [scene_of(index, seed) for index in range(count)]
         twins = [strange_twin(scene) for scene in scenes]
-        shown = (scenes, [*map(plain, scenes)], twins, [*map(plain, twins)])
+        odd_ones = [plain(odd_twin(scene)) for scene in scenes]
+        shown = (scenes, [*map(plain, scenes)], twins, odd_ones)
         views = [(kind, own, side) for kind, own in zip(_KINDS, shown, strict=True)]
         for number, length in enumerate(other_sides):
             views.append((f"other.{length}", scenes[number :: len(other_sides)], length))

@@ -143,8 +143,9 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     asked = {"shown": 2.0, "shown relations": 0.8, "strange": 0.8}
     asked |= {"questions": 2.0, "strange questions": 0.8, "inventory": 0.7}
     mixed = {"text": 0.4, "told relations": 0.5, "caption": 0.4, "draw": 3.5, **asked}
-    related = {"told relations": 1.2, "shown relations": 1.0, "relation questions": 1.5}
-    drawn = {"draw": 6.0, "draw exactly": 4.0, "draw strange": 4.0}
+    related = {"told relations": 1.0, "shown relations": 1.5, "relation questions": 2.0}
+    related |= {"strange relations": 2.0}
+    drawn = {"draw": 5.0, "draw exactly": 3.0, "draw odd": 8.0}
     late = mixed | {"shown": 1.0, "questions": 2.5, "inventory": 0.3} | related | drawn
     single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {
@@ -152,12 +153,12 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
         "2.2": stage(9500, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(15000, 6e-4, late, lr_floor=0.03),
+        "3": stage(18000, 6e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
 
-# Two and a half hours on two fast CPU cores, four on slow ones: docs/kelix-tiny.md.
+# Two hours and forty minutes on two fast CPU cores, over four on slow ones: docs/kelix-tiny.md.
 CPU = Recipe(
     autoencoder={
         "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),

@@ -17,9 +17,9 @@ from kelix_rt.train.world_draw import BAND_HEIGHTS, CELL_CENTRES, DIAMETERS, wor
 from kelix_rt.train.world_scene import (
     BACKGROUNDS,
     COLOURS,
+    ODD,
     SHAPES,
     SIZES,
-    UNNAMED,
     WORDS,
     Scene,
     Thing,
@@ -97,7 +97,7 @@ class LabelHead(nn.Module):
 
 def _thing_classes(thing: Thing) -> Sequence[int]:
     names = ((SHAPES, thing.shape), (COLOURS, thing.colour), (SIZES, thing.size))
-    return [IGNORED if name == UNNAMED else known.index(name) + 1 for known, name in names]
+    return [IGNORED if name in ODD else known.index(name) + 1 for known, name in names]
 
 
 @cache

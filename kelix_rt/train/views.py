@@ -15,6 +15,7 @@ from kelix_rt.train.reading import Reading, read_scene
 from kelix_rt.train.token_labels import token_labels
 from kelix_rt.train.world_draw import coverage, draw
 from kelix_rt.train.world_scene import CELLS, Scene, plain
+from kelix_rt.train.world_splits import split_of
 
 ALIKE = 12
 
@@ -156,7 +157,13 @@ class Views:
 
 def _moved(scene: Scene, rng: random.Random) -> Scene:
     """Some of the things of a scene, at least one where there are any, in other corners; its word
-    stays or goes."""
+    stays or goes. No combination is new by that which train scenes do not have."""
+    while split_of(moved := _any_moved(scene, rng)) != "train":
+        pass
+    return moved
+
+
+def _any_moved(scene: Scene, rng: random.Random) -> Scene:
     word = scene.word if rng.random() < 0.5 else None
     corners = [c for c in CELLS[:4] if word is None or not c.startswith(scene.band)]
     most = min(len(scene.things), len(corners))

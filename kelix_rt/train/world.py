@@ -17,7 +17,7 @@ from itertools import count
 from kelix_rt.train.pure_text import text_sample
 from kelix_rt.train.world_draw import draw
 from kelix_rt.train.world_questions import QUESTION_KINDS, questions
-from kelix_rt.train.world_scene import WORLD_VERSION, Scene, Thing, require_world
+from kelix_rt.train.world_scene import WORLD_VERSION, Scene, Thing, odd, require_world
 from kelix_rt.train.world_splits import Kind, Split, make_scene, make_scenes, split_of
 from kelix_rt.train.world_text import Prompt, Question, caption, caption_question, prompt
 
@@ -75,11 +75,14 @@ def make_text(split: Split, index: int, seed: int = 0) -> Question:
 
 
 def corpus(samples: int | None = None, seed: int = 0) -> Iterator[str]:
-    """Every text of the first train samples (None: without end), to train a tokenizer on."""
+    """Every text of the first train samples (None: without end), and requests for their odd twins,
+    to train a tokenizer on."""
     for index in count() if samples is None else range(samples):
         sample = make_sample("train", index, seed)
         text = make_text("train", index, seed)
-        yield from (sample.caption, sample.caption_question, sample.prompt.text)
+        rng = _rng("odd", index, seed)
+        strange_request = prompt(odd(sample.scene, rng), rng).text
+        yield from (sample.caption, sample.caption_question, sample.prompt.text, strange_request)
         for question in (*sample.questions, text):
             yield question.text
             yield question.answer

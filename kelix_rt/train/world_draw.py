@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.world_scene import UNNAMED, Scene, Thing
+from kelix_rt.train.world_scene import BLENDS, UNNAMED, Scene, Thing
 
 Colour = tuple[int, int, int]
 Polygon = list[tuple[float, float]]
@@ -30,10 +30,7 @@ COLOUR_VALUES: dict[str, Colour] = {
     "purple": (130, 45, 175),
     "pink": (248, 130, 185),
 }
-# Unnamed colours lie about half way between two that are at most so far apart in this circle.
-HUES_APART = 2
-NEAREST_NAME = 36.0  # least RGB distance of an unnamed colour from every named one
-UNNAMED_SHAPES = ("pentagon", "half", "arrow", "house", "bar", "corner", "drop")
+BLENDED = 0.4  # share of its second colour in a blend
 BACKGROUND_VALUES: dict[str, Colour] = {
     "white": (246, 246, 246),
     "gray": (140, 140, 140),
@@ -65,14 +62,18 @@ MIN_SIDE = 32
 
 
 def draw(scene: Scene, side: int = 112) -> Image.Image:
-    """RGB picture of side x side pixels, anti-aliased. Raises InputError for side < 32."""
+    """RGB picture of side x side pixels, anti-aliased.
+
+    Raises InputError for side < 32, and for what is unnamed.
+    """
     if side < MIN_SIDE:
         raise InputError(f"draw: side must be at least {MIN_SIDE} pixels, got {side}")
-    looks = random.Random(scene.variation)
-    rng = looks if scene.nuisances else _Plain()
+    if any(UNNAMED in thing.look for thing in scene.things):
+        raise InputError("draw: every colour and shape must have a name, got an unnamed one")
+    rng = random.Random(scene.variation) if scene.nuisances else _Plain()
     picture = _background(scene.background, side, rng)
     for thing in scene.things:
-        _draw_thing(picture, thing, looks, rng)
+        _draw_thing(picture, thing, rng)
     if scene.word is not None:
         _draw_word(picture, scene, rng)
     return picture
@@ -108,7 +109,7 @@ def shape_outline(shape: str) -> tuple[Polygon, ...]:
         "star": (_star(0.56, 0.25),),
         "cross": (_cross(0.5, 0.17),),
         "pentagon": (_regular(5, 0.54),),
-        "half": (
+        "dome": (
             [
                 (0.5 * math.cos(a * math.pi / 24), 0.25 - 0.5 * math.sin(a * math.pi / 24))
                 for a in range(25)
@@ -126,8 +127,8 @@ def shape_outline(shape: str) -> tuple[Polygon, ...]:
             ],
         ),
         "house": ([(0.0, -0.5), (0.42, -0.1), (0.42, 0.45), (-0.42, 0.45), (-0.42, -0.1)],),
-        "bar": ([(-0.5, -0.2), (0.5, -0.2), (0.5, 0.2), (-0.5, 0.2)],),
-        "corner": (
+        "stripe": ([(-0.5, -0.2), (0.5, -0.2), (0.5, 0.2), (-0.5, 0.2)],),
+        "elbow": (
             [(-0.45, -0.45), (-0.1, -0.45), (-0.1, 0.1), (0.45, 0.1), (0.45, 0.45), (-0.45, 0.45)],
         ),
         "drop": (
@@ -176,33 +177,26 @@ def word_font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def unnamed_colour(rng: random.Random) -> Colour:
-    """A colour about half way between two neighbours among the named ones, and none of them."""
-    known = [np.array(value) for value in COLOUR_VALUES.values()]
-    while True:
-        first = rng.randrange(len(known))
-        other = (first + rng.randint(1, HUES_APART)) % len(known)
-        share = rng.uniform(0.35, 0.65)
-        found = (1 - share) * known[first] + share * known[other]
-        if min(float(np.linalg.norm(found - value)) for value in known) >= NEAREST_NAME:
-            red, green, blue = (round(float(value)) for value in found)
-            return red, green, blue
+def colour_value(name: str) -> Colour:
+    """RGB of a colour or a blend."""
+    if name not in BLENDS:
+        return COLOUR_VALUES[name]
+    first, second = (COLOUR_VALUES[part] for part in name.split())
+    red, green, blue = (
+        round((1 - BLENDED) * a + BLENDED * b) for a, b in zip(first, second, strict=True)
+    )
+    return red, green, blue
 
 
-def _draw_thing(
-    picture: Image.Image, thing: Thing, looks: random.Random, rng: random.Random
-) -> None:
-    """looks: decides what the unnamed looks like. rng: the nuisances."""
+def _draw_thing(picture: Image.Image, thing: Thing, rng: random.Random) -> None:
     side = picture.width
     centre = [side * _shifted(c, SHIFTS[thing.size], rng) for c in CELL_CENTRES[thing.cell]]
     diameter = side * DIAMETERS[thing.size] * rng.uniform(0.94, 1.06)
     turn = rng.uniform(-TURN, TURN)
     whole = [math.floor(c) for c in centre]
-    shape = looks.choice(UNNAMED_SHAPES) if thing.shape == UNNAMED else thing.shape
-    mask = shape_mask(shape, diameter, turn, (centre[0] - whole[0], centre[1] - whole[1]))
+    mask = shape_mask(thing.shape, diameter, turn, (centre[0] - whole[0], centre[1] - whole[1]))
     half = mask.width // 2
-    named = thing.colour != UNNAMED
-    colour = _tinted(COLOUR_VALUES[thing.colour] if named else unnamed_colour(looks), 12, rng)
+    colour = _tinted(colour_value(thing.colour), 12, rng)
     picture.paste(colour, (whole[0] - half, whole[1] - half), mask)
 
 

@@ -1,5 +1,8 @@
 """Questions about scenes with their answers.
 
+How two things lie to each other is answered with where both of them lie in front, which a small
+model reads from a picture more easily than the comparison.
+
 Wrong alternatives ("is there a red star?" - "no") never name a combination held out from the
 scene's split, so that train texts know nothing of the combinations tested.
 """
@@ -18,6 +21,7 @@ from kelix_rt.train.world_scene import (
     WORDS,
     Scene,
     Thing,
+    unnamed,
 )
 from kelix_rt.train.world_splits import (
     Combination,
@@ -79,7 +83,11 @@ QUESTION_KINDS = (*(kind for kind in QUESTIONS if kind != "neighbour"), "yesno")
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """One question of every kind that the scene can answer (two of yesno), worded at random."""
+    """One question of every kind that the scene can answer (two of yesno), worded at random.
+
+    What is odd has no name in them.
+    """
+    scene = unnamed(scene)
     makers = (_colour, _shape, _count, _relation, _location, _size, _word, _yesno, _yesno)
     found = [question for maker in makers for question in maker(scene, rng)]
     found.append(_ask("background", scene.background, rng))
@@ -157,7 +165,8 @@ def _relation(scene: Scene, rng: random.Random) -> list[Question]:
         noun = _precisely(second)
         return [_ask("neighbour", a(_precisely(first)), rng, relation=phrase, noun=noun)]
     noun, other = _name(first, scene, rng), _name(second, scene, rng)
-    return [_ask("relation", relation, rng, noun=noun, other=other)]
+    places = f"the {noun} is in the {first.cell} and the {other} in the {second.cell}"
+    return [_ask("relation", f"{places}: {relation}", rng, noun=noun, other=other)]
 
 
 def _location(scene: Scene, rng: random.Random) -> list[Question]:

@@ -6,18 +6,31 @@ A scene is data only: it knows neither pixels nor words.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kelix_rt.errors import ConfigError, InputError
 
 # Checkpoints record it: any change to scenes, pictures, texts or splits makes it grow.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-# A colour or a shape that no text names; the scene's variation decides which one is drawn.
-UNNAMED = "unnamed"
+# Things that are odd are in no split but train. Questions have no name for what is odd in them,
+# requests do: a "red orange" is red with some orange, and lies well apart from every plain colour.
+ODD_SHAPES = ("pentagon", "dome", "arrow", "house", "stripe", "elbow", "drop")
+# fmt: off
+BLENDS = (
+    "red orange", "orange red", "orange green", "green orange", "yellow green", "green yellow",
+    "yellow cyan", "cyan yellow", "green cyan", "cyan green", "green blue", "blue green",
+    "cyan blue", "blue cyan", "cyan purple", "purple cyan", "blue purple", "purple blue",
+    "blue pink", "pink blue", "purple pink", "pink purple", "purple red", "red purple",
+    "pink red", "red pink", "pink orange", "orange pink",
+)
+# fmt: on
+UNNAMED = "unnamed"  # the colour or shape of an odd thing, for who has no name for it
+ODD = frozenset((*ODD_SHAPES, *BLENDS, UNNAMED))
+Look = tuple[str, str]  # (colour, shape): what tells two things apart in words
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "gray", "black", "tan", "navy", "mint")
 CELLS = ("top left", "top right", "bottom left", "bottom right", "center")
@@ -38,7 +51,7 @@ WORDS = (
 class Thing:
     """One object of a scene: shape, colour, size and the cell it lies in.
 
-    Shape or colour may be `UNNAMED`.
+    Shape and colour may be odd, or `UNNAMED`, which cannot be drawn.
     """
 
     shape: str
@@ -47,14 +60,14 @@ class Thing:
     cell: str
 
     def __post_init__(self) -> None:
-        require("Thing", "shape", self.shape, (*SHAPES, UNNAMED))
-        require("Thing", "colour", self.colour, (*COLOURS, UNNAMED))
+        require("Thing", "shape", self.shape, (*SHAPES, *ODD_SHAPES, UNNAMED))
+        require("Thing", "colour", self.colour, (*COLOURS, *BLENDS, UNNAMED))
         require("Thing", "size", self.size, SIZES)
         require("Thing", "cell", self.cell, CELLS)
 
     @property
-    def look(self) -> tuple[str, str]:
-        """(colour, shape): what tells two objects apart in words."""
+    def look(self) -> Look:
+        """Its colour and shape."""
         return self.colour, self.shape
 
 
@@ -63,10 +76,9 @@ class Scene:
     """What a picture shows.
 
     things: 0 to 4 objects, in cells of their own. word: printed word or None. band: where the word
-    stands (nothing else lies there). variation: seed of what no text names: the looks of unnamed
-    things, and the nuisances (shifts, exact sizes, turns, tints). nuisances: whether there are any;
-    without them what texts can name decides the picture. Raises InputError for unknown names or
-    clashing places.
+    stands (nothing else lies there). variation: seed of the nuisances, which no text names (shifts,
+    exact sizes, turns, tints). nuisances: whether there are any. Raises InputError for unknown
+    names or clashing places.
     """
 
     things: tuple[Thing, ...]
@@ -91,9 +103,9 @@ class Scene:
         if self.word is not None and any(_crosses(self.band, cell) for cell in cells):
             raise InputError(f"Scene: the word's band {self.band!r} crosses the things in {cells}")
 
-    def groups(self) -> dict[tuple[str, str], list[Thing]]:
+    def groups(self) -> dict[Look, list[Thing]]:
         """Objects by (colour, shape), in order of first appearance."""
-        found: dict[tuple[str, str], list[Thing]] = {}
+        found: dict[Look, list[Thing]] = {}
         for thing in self.things:
             found.setdefault(thing.look, []).append(thing)
         return found
@@ -120,14 +132,33 @@ def plain(scene: Scene) -> Scene:
 
 
 def strange(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with the colours of all its things, or else their shapes, replaced by unnamed ones.
+    """The scene with odd colours for all its things, or else odd shapes; like ones stay alike.
 
-    Whoever knows triangles in colours without a name, and yellow in shapes without one, has seen
-    that the two are not tied to each other, and still no yellow triangle.
+    Whoever knows triangles in odd colours, and yellow in odd shapes, has seen that the two are not
+    tied to each other, and still no yellow triangle.
     """
-    attribute = rng.choice(("colour", "shape"))
-    things = (replace(thing, **{attribute: UNNAMED}) for thing in scene.things)
-    return replace(scene, things=tuple(things))
+    odd_colours = rng.random() < 0.5
+    return _looking(scene, {look: _odd(look, rng, odd_colours, not odd_colours)
+                            for look in scene.groups()})  # fmt: skip
+
+
+def odd(scene: Scene, rng: random.Random) -> Scene:
+    """The scene in which each look stays (10 %) or has an odd colour (45), an odd shape (30) or
+    both (15)."""
+    looks = {}
+    for look in scene.groups():
+        share = rng.random()
+        looks[look] = _odd(look, rng, share < 0.6, 0.45 <= share < 0.9)
+    return _looking(scene, looks)
+
+
+def unnamed(scene: Scene) -> Scene:
+    """The scene for who has no names for what is odd in it."""
+
+    def known(name: str) -> str:
+        return UNNAMED if name in ODD else name
+
+    return _looking(scene, {(c, s): (known(c), known(s)) for c, s in scene.groups()})
 
 
 def relation_between(cell: str, other: str) -> str | None:
@@ -149,6 +180,19 @@ def require_world(version: object) -> None:
             f"world_version: the checkpoint was trained on world {version!r}, this package draws "
             f"world {WORLD_VERSION}; train it anew or use the package version it came from"
         )
+
+
+def _odd(look: Look, rng: random.Random, colour: bool, shape: bool) -> Look:
+    return rng.choice(BLENDS) if colour else look[0], rng.choice(ODD_SHAPES) if shape else look[1]
+
+
+def _looking(scene: Scene, looks: Mapping[Look, Look]) -> Scene:
+    """The scene with other looks for its things."""
+    things = []
+    for thing in scene.things:
+        colour, shape = looks[thing.look]
+        things.append(replace(thing, colour=colour, shape=shape))
+    return replace(scene, things=tuple(things))
 
 
 def _crosses(band: str, cell: str) -> bool:

@@ -8,6 +8,7 @@ common in train; only the combinations are new.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from kelix_rt.train.world_scene import (
     BANDS,
     CELLS,
     COLOURS,
+    ODD,
     OPPOSITES,
     SHAPES,
     SIZES,
-    UNNAMED,
     WORDS,
     WORLD_VERSION,
     Scene,
@@ -52,7 +53,11 @@ def combinations(scene: Scene) -> set[Combination]:
     # By shape alone as well: a text may speak of the "three circles" of a mixed scene.
     by_shape = Counter(thing.shape for thing in scene.things)
     found |= {count_combination(n, shape) for shape, n in by_shape.items() if n > 1}
-    found |= {relation_combination(a.shape, r, b.shape) for a, r, b in scene.relations()}
+    # Of things that no text can tell apart as well: pictures show how they lie.
+    for a, b in itertools.combinations(scene.things, 2):
+        relation = relation_between(a.cell, b.cell)
+        if relation is not None and a.look != b.look:
+            found.add(relation_combination(a.shape, relation, b.shape))
     if scene.word is not None:
         found.add(word_combination(scene.word, scene.background))
     return found
@@ -82,13 +87,13 @@ def word_combination(word: str, background: str) -> Combination:
 
 def split_of_combination(combination: Combination) -> Split:
     """The only split in which the combination occurs; "train" for free ones, which occur in all,
-    and for those of something unnamed, which occur in train alone.
+    and for those of something odd, which occur in train alone.
 
     Latin squares: each shape misses one colour per held-out split (1/8 of the looks), each word one
     background (1/6), each shape one right-hand or lower neighbour (1/7), three of 21 counts.
     """
     kind, first, second, third = combination
-    if UNNAMED in combination:
+    if ODD.intersection(map(str, combination)):
         return "train"
     if kind == "look":
         rest = (COLOURS.index(str(first)) - SHAPES.index(str(second))) % 8

@@ -72,6 +72,11 @@ class Question:
     answer: str
 
 
+def conclusion(answer: str) -> str:
+    """What an answer comes to: what stands behind its last colon, or all of it."""
+    return answer.rpartition(":")[2].strip()
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """One sentence about everything in the scene."""
     return fill(rng.choice(CAPTIONS), description(scene, rng).text, rng)

@@ -107,7 +107,7 @@ def test_every_task_makes_a_document(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("draw", 1), ("draw exactly", 1), ("draw strange", 3), ("caption", 0)]
+    ("name", "kind"), [("draw", 1), ("draw exactly", 1), ("draw odd", 3), ("caption", 0)]
 )
 def test_drawings_are_taught_plain(name: str, kind: int) -> None:
     kinds = torch.arange(4, dtype=torch.int16).view(4, 1, 1, 1).expand(4, 1, 4, 8)

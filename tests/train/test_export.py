@@ -22,6 +22,7 @@ from kelix_rt.train.export import (
     require_checkpoint_world,
     stored_language,
 )
+from kelix_rt.train.world_scene import WORLD_VERSION
 from tests.train import tiny
 
 
@@ -113,7 +114,7 @@ def test_another_world_is_refused(golden: Path, tmp_path: Path) -> None:
     require_checkpoint_world(folder)
     file = folder / "model.safetensors"
     with safe_open(str(file), "pt") as opened:
-        assert opened.metadata()["world_version"] == "1"
+        assert opened.metadata()["world_version"] == str(WORLD_VERSION)
     save_file(load_file(str(file)), str(file), {"world_version": "0"})
     with pytest.raises(ConfigError, match=r"model\.safetensors: world_version.*world 0"):
         require_checkpoint_world(folder)

@@ -11,6 +11,7 @@ from kelix_rt.train import pictures as module
 from kelix_rt.train.pictures import (
     encode_latents,
     encode_pictures,
+    odd_twin,
     strange_twin,
     to_pixels,
 )
@@ -33,9 +34,9 @@ def test_codes_are_those_of_the_pictures(tmp_path: Path) -> None:
         pixels, grid = images.patchify(draw(strange_twin(make_scene("train", index, 0)), tiny.SIDE))
         ids = codes.stranger(index).ids
         assert torch.equal(ids, tokenizer.global_ids(tokenizer.encode(pixels, grid), 640))
-        twin = strange_twin(make_scene("train", index, 0))
+        twin = odd_twin(make_scene("train", index, 0))
         pixels, grid = images.patchify(draw(plain(twin), tiny.SIDE))
-        ids = codes.strange_answer(index).ids
+        ids = codes.odd_answer(index).ids
         assert torch.equal(ids, tokenizer.global_ids(tokenizer.encode(pixels, grid), 640))
         views = {codes.seen(index, random.Random(i)).grid for i in range(20)}
         assert views == {(1, 4, 4), (1, 6, 6)}
@@ -48,7 +49,7 @@ def test_the_cache_is_used_until_something_changes(
     calls = []
     encode = module._codes
     monkeypatch.setattr(module, "_codes", lambda *args: calls.append(args) or encode(*args))
-    per_make = 4  # the pictures as they are and plain, and both of their strange twins
+    per_make = 4  # the pictures as they are and plain, and their strange and odd twins
 
     def make(count: int) -> torch.Tensor:
         return encode_pictures(tokenizer, tiny.images(), count, 56, (), 640, 0, cache).drawn

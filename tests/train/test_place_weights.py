@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kelix_rt.train.place_weights import WEIGHTS, place_weights
-from kelix_rt.train.world_scene import UNNAMED, Scene, Thing
+from kelix_rt.train.world_scene import Scene, Thing
 
 
 def test_what_is_small_weighs_most() -> None:
@@ -18,8 +18,8 @@ def test_what_is_small_weighs_most() -> None:
     assert (weights[4:] == 1).all()
 
 
-def test_words_weigh_and_what_has_no_name() -> None:
-    unnamed = Thing(UNNAMED, "red", "small", "top left")
-    weights = place_weights(Scene((unnamed,), "white", word="owl", band="bottom"), 8)
+def test_words_weigh_and_what_is_odd() -> None:
+    house = Thing("house", "red", "small", "top left")
+    weights = place_weights(Scene((house,), "white", word="owl", band="bottom"), 8)
     assert weights[1, 1] == WEIGHTS["small"]
     assert (weights[5:7, 2:6] == WEIGHTS["word"]).all()

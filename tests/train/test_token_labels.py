@@ -13,7 +13,6 @@ from kelix_rt.train.world_scene import (
     COLOURS,
     SHAPES,
     SIZES,
-    UNNAMED,
     WORDS,
     Scene,
     Thing,
@@ -33,15 +32,15 @@ def test_a_thing_is_named_at_its_tokens_only() -> None:
     assert (labels[..., -1] == BACKGROUNDS.index("navy")).all()
 
 
-def test_what_has_no_name_is_no_lesson() -> None:
-    thing = Thing("star", UNNAMED, "small", "top left")
+def test_what_is_odd_is_no_lesson() -> None:
+    thing = Thing("star", "red orange", "small", "top left")
     labels = token_labels(Scene((thing,), "navy"), SIDE)
     there = labels[:, 0] > 0
     assert (labels[there, 1] == IGNORED).all() and (labels[~there, 1] == 0).all()
     head = LabelHead(4)  # it starts with all classes alike
     fused = torch.randn(len(labels), 4)
     head(fused, labels).backward()
-    # All other tokens have colour 0, "none": as if the unnamed ones were not there.
+    # All other tokens have colour 0, "none": as if the odd ones were not there.
     wanted = torch.full((len(COLOURS) + 1,), 1 / (len(COLOURS) + 1))
     wanted[0] -= 1
     assert head.linear.bias.grad is not None

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import random
+import itertools
 import time
 from dataclasses import replace
 
@@ -11,17 +11,19 @@ from PIL import Image
 from kelix_rt.errors import InputError
 from kelix_rt.train.checker import INK_CHROMA
 from kelix_rt.train.world_draw import (
+    BLENDED,
     COLOUR_VALUES,
-    NEAREST_NAME,
+    colour_value,
     coverage,
     draw,
     shape_mask,
-    unnamed_colour,
     word_font,
 )
 from kelix_rt.train.world_scene import (
     BACKGROUNDS,
+    BLENDS,
     COLOURS,
+    ODD_SHAPES,
     SHAPES,
     UNNAMED,
     WORDS,
@@ -30,6 +32,8 @@ from kelix_rt.train.world_scene import (
     plain,
 )
 from kelix_rt.train.world_splits import make_scene, make_scenes
+
+NEAREST = 36.0  # RGB distance that a blend keeps from every named colour
 
 
 def test_pictures_are_deterministic_and_vary() -> None:
@@ -45,7 +49,7 @@ def test_two_sizes_show_the_same_picture() -> None:
     for scene in make_scenes("train", 40):
         large = draw(scene, 448).resize((112, 112), Image.Resampling.BOX)
         difference = np.abs(np.asarray(large, dtype=float) - np.asarray(draw(scene)))
-        assert difference.mean() < 1.0
+        assert difference.mean() < 2.0  # a word's letters lie a little otherwise: 1.6 at most
 
 
 @pytest.mark.parametrize("side", [56, 112, 256])
@@ -55,7 +59,7 @@ def test_nothing_touches_the_frame(side: int) -> None:
         for variation in range(4):
             scene = Scene((), "white", word, "top", variation)
             assert np.asarray(draw(scene, side)).min(axis=2)[frame(side)].min() > 200
-    for shape in (*SHAPES, UNNAMED):
+    for shape in (*SHAPES, *ODD_SHAPES):
         for cell in ("top left", "bottom right"):
             thing = Thing(shape, "blue", "large", cell)
             for variation in range(16):
@@ -87,22 +91,30 @@ def test_things_have_their_colour() -> None:
         assert np.abs(middle - COLOUR_VALUES[colour]).max() <= 12
 
 
-def test_unnamed_colours_are_none_of_the_named_ones() -> None:
-    values = np.array(list(COLOUR_VALUES.values()))
-    rng = random.Random(0)
-    for _ in range(200):
-        colour = np.array(unnamed_colour(rng))
-        assert np.linalg.norm(values - colour, axis=1).min() > NEAREST_NAME - 1
-        assert np.ptp(colour) >= INK_CHROMA, "a colour, no ink"
+def test_blends_are_none_of_the_named_colours() -> None:
+    values = np.array([COLOUR_VALUES[name] for name in COLOURS])
+    near = []
+    for first, second in itertools.permutations(COLOURS, 2):
+        apart = (COLOURS.index(first) - COLOURS.index(second)) % len(COLOURS)
+        if apart not in (1, 2, 6, 7):
+            continue
+        mixed = (1 - BLENDED) * values[COLOURS.index(first)] + BLENDED * values[
+            COLOURS.index(second)
+        ]
+        nearest = np.linalg.norm(values - mixed, axis=1).min()
+        if nearest < NEAREST:
+            near.append(f"{first} {second}")
+            continue
+        found = np.array(colour_value(f"{first} {second}"))
+        assert np.abs(found - mixed).max() <= 0.5
+        assert np.ptp(found) >= INK_CHROMA, "a colour, no ink"
+    assert len(near) + len(BLENDS) == 32 and not set(near) & set(BLENDS)
 
 
-@pytest.mark.parametrize("look", [("ring", UNNAMED), (UNNAMED, "red")])
-def test_variations_decide_what_the_unnamed_look_like(look: tuple[str, str]) -> None:
-    thing = Thing(*look, "large", "center")
-    for nuisances in (True, False):
-        scenes = [Scene((thing,), "black", variation=i % 8, nuisances=nuisances) for i in range(16)]
-        pictures = [draw(scene).tobytes() for scene in scenes]
-        assert pictures[:8] == pictures[8:] and len(set(pictures)) > 3
+def test_what_is_unnamed_is_not_drawn() -> None:
+    for look in (("ring", UNNAMED), (UNNAMED, "red")):
+        with pytest.raises(InputError, match="must have a name"):
+            draw(Scene((Thing(*look, "large", "center"),), "black"))
 
 
 def test_words_stand_out_on_every_background() -> None:

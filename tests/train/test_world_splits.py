@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from kelix_rt.errors import InputError
-from kelix_rt.train.pictures import strange_twin
+from kelix_rt.train.pictures import odd_twin, strange_twin
 from kelix_rt.train.world_scene import (
     BACKGROUNDS,
     COLOURS,
@@ -15,6 +15,7 @@ from kelix_rt.train.world_scene import (
     WORDS,
     Scene,
     Thing,
+    unnamed,
 )
 from kelix_rt.train.world_splits import (
     KIND_WEIGHTS,
@@ -72,10 +73,20 @@ def test_splits_are_disjoint_by_construction() -> None:
         assert Counter(split_of_combination(c) for c in held_out)[split] == 7 + 3 + 14
 
 
-def test_what_has_no_name_is_trained_on() -> None:
+def test_what_is_odd_is_trained_on() -> None:
     for scene in make_scenes("train", 300):
-        assert split_of(strange_twin(scene)) == "train"
-    assert split_of_combination(look_combination(UNNAMED, "star")) == "train"
+        for twin in (strange_twin(scene), odd_twin(scene), unnamed(strange_twin(scene))):
+            assert split_of(twin) == "train"
+    for colour in (UNNAMED, "red orange"):
+        assert split_of_combination(look_combination(colour, "star")) == "train"
+
+
+def test_things_that_no_text_tells_apart_lie_as_their_split_allows() -> None:
+    held_out = next(c for c in RELATIONS if split_of_combination(c) == "test" and c[2] == "left")
+    left, right = str(held_out[1]), str(held_out[3])
+    twice = [Thing(left, "red", "small", cell) for cell in ("top left", "bottom right")]
+    scene = Scene((*twice, Thing(right, "blue", "small", "top right")), "white")
+    assert not scene.relations() and held_out in combinations(scene)
 
 
 def test_mirrored_relations_are_one() -> None:

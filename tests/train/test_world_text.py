@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from kelix_rt.train.pictures import strange_twin
-from kelix_rt.train.world_scene import COLOURS, SHAPES, UNNAMED, Scene, Thing
+from kelix_rt.train.pictures import odd_twin, strange_twin
+from kelix_rt.train.world_scene import COLOURS, SHAPES, UNNAMED, Scene, Thing, unnamed
 from kelix_rt.train.world_splits import SPLITS, make_scenes
 from kelix_rt.train.world_text import (
     NUMBERS,
@@ -17,6 +17,7 @@ from kelix_rt.train.world_text import (
     a,
     caption,
     caption_question,
+    conclusion,
     counted,
     full_request,
     inventory,
@@ -151,11 +152,24 @@ def test_inventories_differ_for_scenes_that_differ() -> None:
     assert len({inventory(scene) for scene in scenes}) == len(settled)
 
 
-def test_requests_for_strange_things_tell_one_of_colour_and_shape() -> None:
+def test_requests_for_what_is_unnamed_tell_one_of_colour_and_shape() -> None:
     rng = random.Random(3)
     both = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
     either = re.compile(f"({'|'.join(COLOURS)}) object|{'|'.join(SHAPES)}")
-    for scene in map(strange_twin, make_scenes("train", 400)):
+    for scene in map(unnamed, map(strange_twin, make_scenes("train", 400))):
         for text in (prompt(scene, rng).text, full_request(scene, rng), inventory(scene)):
             assert UNNAMED not in text and not both.search(text), text
             assert not scene.things or either.search(text), text
+
+
+def test_requests_for_odd_things_name_them() -> None:
+    rng = random.Random(4)
+    for scene in map(odd_twin, make_scenes("train", 200)):
+        for text in (prompt(scene, rng).text, full_request(scene, rng)):
+            for thing in scene.things:
+                assert f"{thing.colour} {thing.shape}" in text
+
+
+def test_what_an_answer_comes_to_stands_behind_its_colon() -> None:
+    told = "the star is in the top left and the ring in the top right: left"
+    assert [conclusion(text) for text in (told, "left", " two ")] == ["left", "left", "two"]
