@@ -21,7 +21,7 @@ from kelix_rt.train.world import draw, make_sample
 
 GREEDY = SamplingParams(temperature=0.0, max_blocks=40)
 ASKED = 16  # pictures of the test split
-RIGHT = 0.85  # of their questions; what is measured on all is in docs/kelix-tiny.md
+RIGHT = 0.9  # of their questions; what is measured on all is in docs/kelix-tiny.md
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_it_draws_what_codes_and_prompts_say(engine: Engine) -> None:
     samples = [make_sample("test", index) for index in range(40)]
     drawn = judged(samples, drawings(engine, samples, amounts))
     assert drawn["background"]["accuracy"] >= 0.9 and drawn["count"]["accuracy"] >= 0.75
-    assert drawn["shape"]["accuracy"] >= 0.7 and drawn["colour"]["accuracy"] >= 0.55
+    assert drawn["shape"]["accuracy"] >= 0.7 and drawn["colour"]["accuracy"] >= 0.65
 
 
 LOAD = """
