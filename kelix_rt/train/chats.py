@@ -226,7 +226,7 @@ def _relation_questions(chats: ChatBuilder, subject: Subject, rng: random.Random
 
 
 def _strange_relations(chats: ChatBuilder, subject: Subject, rng: random.Random) -> Document:
-    """How things lie to each other of which no text tells how such shapes may lie."""
+    """`_relation_questions` about odd things: knowing by heart which shapes lie how is no help."""
     scene, picture = subject.stranger()
     return chats.answers(picture, _relations(scene, rng, 6))
 

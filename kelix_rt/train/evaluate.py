@@ -109,10 +109,7 @@ def understanding(engine: Engine, amounts: Amounts) -> dict[str, dict[str, float
         greedy = SamplingParams(temperature=0.0, max_blocks=40)
         outputs = engine.generate(prompts, greedy)
         for (kind, _, _, answer), output in zip(batch, outputs, strict=True):
-            said = (output.text or "").strip()
-            if kind == "relation":  # the places in front are how it got there
-                said, answer = conclusion(said), conclusion(answer)  # noqa: PLW2901
-            score.add(kind, said == answer)
+            score.add(kind, _right(kind, (output.text or "").strip(), answer))
     return score.table()
 
 
@@ -212,6 +209,12 @@ def _questions(amounts: Amounts) -> Iterator[tuple[str, Image.Image | None, str,
             yield question.kind, picture, question.text, question.answer
         text = make_text("test", index, amounts.seed)
         yield text.kind, None, text.text, text.answer
+
+
+def _right(kind: str, said: str, answer: str) -> bool:
+    if kind == "relation":  # the places in front are how it got there
+        return conclusion(said) == conclusion(answer)
+    return said == answer
 
 
 def _prompt(engine: Engine, picture: Image.Image | None, text: str) -> Prompt:

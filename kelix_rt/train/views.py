@@ -157,7 +157,7 @@ class Views:
 
 def _moved(scene: Scene, rng: random.Random) -> Scene:
     """Some of the things of a scene, at least one where there are any, in other corners; its word
-    stays or goes. No combination is new by that which train scenes do not have."""
+    stays or goes. What comes of it belongs to train."""
     while split_of(moved := _any_moved(scene, rng)) != "train":
         pass
     return moved

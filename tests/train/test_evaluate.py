@@ -82,6 +82,14 @@ def test_answers_are_compared_whole(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert sum(row["right"] for row in found.values()) == answers.count(said)
 
 
+def test_relations_are_right_when_they_come_to_the_right_one() -> None:
+    told = "the star is in the top left and the ring in the top right: left"
+    other = "the star is in the bottom left and the ring in the top right: left"
+    assert module._right("relation", other, told) and module._right("relation", "left", told)
+    assert not module._right("relation", told.replace(": left", ": right"), told)
+    assert not module._right("inventory", other, told)
+
+
 def test_everything_is_measured_and_written(engine: Engine, tmp_path: Path) -> None:
     found = evaluate(engine, FEW, tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found

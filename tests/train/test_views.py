@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kelix_rt.processing import ImageProcessor, TextTokenizer
+from kelix_rt.train import views as module
 from kelix_rt.train.pictures import strange_twin
 from kelix_rt.train.recipe import Sizes
 from kelix_rt.train.text_tokenizer import write_text_tokenizer
@@ -17,6 +18,7 @@ from kelix_rt.train.token_labels import IGNORED
 from kelix_rt.train.views import ALIKE, PictureBatch, Views
 from kelix_rt.train.world import draw, make_scene
 from kelix_rt.train.world_scene import plain
+from kelix_rt.train.world_splits import make_scenes, split_of
 
 SIDE = 224
 
@@ -93,3 +95,11 @@ def test_half_of_the_pictures_with_twins_are_plain(views: Views) -> None:
 def test_no_twins_without_a_second_picture(views: Views) -> None:
     batch = views.pictures([make_scene("train", 0)], [], SIDE, (1, False), random.Random(0))
     assert batch.twins.shape == (0, 2)
+
+
+def test_moved_things_stay_in_their_split() -> None:
+    scenes = list(make_scenes("train", 200, kind="mixed"))
+    moved = [module._moved(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    assert {split_of(scene) for scene in moved} == {"train"}
+    anywhere = [module._any_moved(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    assert {split_of(scene) for scene in anywhere} > {"train"}
