@@ -22,7 +22,7 @@ from kelix_rt.train.recipe import CPU, Sizes
 SIZES = Sizes(
     vocab=600, codes_per_book=4, code_dim=8, side=56, other_sides=(84,), vision_width=32,
     vision_layers=1, vision_heads=2, vision_ffn=32, width=32, layers=1, heads=2, kv_heads=1,
-    head_dim=16, ffn=32, max_positions=512, block_width=16, block_heads=2, block_ffn=16,
+    head_dim=16, ffn=32, max_positions=1024, block_width=16, block_heads=2, block_ffn=16,
     latent_channels=4, latent_rate=16, drawn_side=64, dit_width=32, dit_layers=1, dit_head_dim=16,
     caption_width=16,
 )  # fmt: skip
