@@ -81,8 +81,8 @@ def corpus(samples: int | None = None, seed: int = 0) -> Iterator[str]:
         sample = make_sample("train", index, seed)
         text = make_text("train", index, seed)
         rng = _rng("odd", index, seed)
-        strange_request = prompt(odd(sample.scene, rng), rng).text
-        yield from (sample.caption, sample.caption_question, sample.prompt.text, strange_request)
+        odd_request = prompt(odd(sample.scene, rng), rng).text
+        yield from (sample.caption, sample.caption_question, sample.prompt.text, odd_request)
         for question in (*sample.questions, text):
             yield question.text
             yield question.answer
