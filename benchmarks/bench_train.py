@@ -80,7 +80,7 @@ def test_products_of_a_step(compare: Comparison, machine: Machine, made: Made) -
     if not are_native(torch.bfloat16, machine.device):
         pytest.skip("the device has no bfloat16 products in hardware")
     module, loss = made(machine.device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     step = partial(training_step, loss, optimizer)
     autocast = partial(torch.autocast, machine.device, torch.bfloat16)
     ratios = compare(
@@ -98,7 +98,7 @@ def test_memory_of_a_step(compare: Comparison, machine: Machine, made: Made) -> 
     if machine.on_gpu:
         pytest.skip("a GPU's memory is torch's own")
     module, loss = made(machine.device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step(largest: int) -> None:
         if not keep_freed_memory(largest):

@@ -90,6 +90,16 @@ STABLE_TORCH_LIBRARY(kelix, m) {
   m.def(
       "euler_step(Tensor(a!) latent, Tensor velocity, Tensor? uncond, Tensor dt, "
       "Tensor? guidance) -> ()");
+
+  m.def(
+      "norm_backward(Tensor grad, Tensor x, Tensor? gain, int group, bool centred, float eps) "
+      "-> (Tensor dx, Tensor sums)");
+  m.def("silu_mul_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def(
+      "relu_linear_attention_backward(Tensor grad, Tensor qkv, int head_dim, float eps) -> Tensor");
+  m.def(
+      "depthwise_glu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int pre_act, "
+      "int gate_act) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kelix, CompositeExplicitAutograd, m) {

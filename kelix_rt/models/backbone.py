@@ -21,7 +21,7 @@ from kelix_rt.models.layers import (
     quantize_linears,
 )
 from kelix_rt.models.products import Linear
-from kelix_rt.models.sequences import PackedLayout, PagedKV, StepContext
+from kelix_rt.models.sequences import PagedKV, StepContext
 from kelix_rt.ops.attention import normed_rotated
 from kelix_rt.weights import Source
 
@@ -76,16 +76,20 @@ class Attention(nn.Module):
         )
         return linear(mixed.flatten(1), self.output)
 
-    def dense(self, x: Tensor, layout: PackedLayout, cos_sin: Tensor) -> Tensor:
+    def dense(
+        self, x: Tensor, lengths: Sequence[int], positions: Tensor, cos_sin: Tensor
+    ) -> Tensor:
         """`forward` of whole sequences without a cache, differentiable. x: [T, D] normed."""
         parts = normed_rotated(
-            self._project(x), self.q_norm, self.k_norm, cos_sin, layout.positions,
-            self.num_heads, self.head_dim, self.eps,
+            self._project(x), self.q_norm, self.k_norm, cos_sin, positions, self.num_heads,
+            self.head_dim, self.eps,
         )  # fmt: skip
-        q, k, v = (part[layout.rows].transpose(1, 2) for part in parts)
-        # The padding stands at the end of its sequence, where a causal mask hides it.
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.output(mixed.transpose(1, 2).flatten(0, 1)[layout.places].flatten(1))
+        # One by one: padded to the longest, sequences of unlike lengths cost a CPU twice as much.
+        mixed = [
+            _causal_attention(*own)
+            for own in zip(*(part.split(list(lengths)) for part in parts), strict=True)
+        ]
+        return self.output(torch.cat(mixed).flatten(1))
 
     def _project(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.qkv)
@@ -96,6 +100,13 @@ class Attention(nn.Module):
             for part, name in zip(qkv.split(self.sizes, dim=-1), "qkv", strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of one sequence, all [T, heads, head_dim]."""
+    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
 
 
 class DecoderLayer(nn.Module):
@@ -163,10 +174,10 @@ class Backbone(nn.Module):
         """
         lengths = self._check_lengths(embeds, lengths)
         if needs_grad(embeds, *self.parameters()):
-            layout = PackedLayout.of(lengths, embeds.device)
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(embeds.device)
 
             def attend(index: int, attention: Attention, x: Tensor) -> Tensor:
-                return attention.dense(x, layout, self.cos_sin)
+                return attention.dense(x, lengths, positions, self.cos_sin)
 
             return self._run(embeds, attend, keep)
         page_size = 16

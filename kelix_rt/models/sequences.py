@@ -57,30 +57,6 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class PackedLayout:
-    """B whole sequences laid end to end in T rows, and their places in a padded batch [B, M].
-
-    positions: [T] int64 position in the sequence. rows: [B, M] int64 row of each place, any row in
-    the padding. places: [T] int64 place of each row in the flattened batch.
-    """
-
-    positions: Tensor
-    rows: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
-        """Layout of sequences of these lengths, all above 0."""
-        sizes = torch.tensor(lengths)
-        inside = torch.arange(max(lengths)) < sizes.unsqueeze(1)
-        rows = torch.zeros_like(inside, dtype=torch.int64)
-        rows[inside] = torch.arange(sum(lengths))
-        positions = inside.nonzero()[:, 1]
-        places = inside.flatten().nonzero()[:, 0]
-        return cls(positions.to(device), rows.to(device), places.to(device))
-
-
-@dataclass(frozen=True)
 class PagedKV:
     """Keys and values of all layers, each [L, pages, KV heads, page_size, head_dim]."""
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kelix_rt.ops._autograd import differentiate
 from kelix_rt.ops._fake import register_fake
+from kelix_rt.ops._gradients import silu_mul_backward
 from kelix_rt.ops._wide import wide
 
 
@@ -30,4 +31,4 @@ def _silu_mul_fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-differentiate("silu_mul", silu_mul_ref)
+differentiate("silu_mul", silu_mul_ref, silu_mul_backward)

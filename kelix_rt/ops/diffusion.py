@@ -13,6 +13,11 @@ from torch import Tensor
 
 from kelix_rt.ops._autograd import differentiate, writes
 from kelix_rt.ops._fake import register_fake
+from kelix_rt.ops._gradients import (
+    depthwise_glu_backward,
+    modulate_backward,
+    relu_linear_attention_backward,
+)
 from kelix_rt.ops._wide import wide
 from kelix_rt.ops.norm import rms_norm_ref
 
@@ -208,6 +213,6 @@ def _euler_step_fake(
     return None
 
 
-differentiate("modulate", modulate_ref)
-differentiate("relu_linear_attention", relu_linear_attention_ref)
-differentiate("depthwise_glu", depthwise_glu_ref)
+differentiate("modulate", modulate_ref, modulate_backward)
+differentiate("relu_linear_attention", relu_linear_attention_ref, relu_linear_attention_backward)
+differentiate("depthwise_glu", depthwise_glu_ref, depthwise_glu_backward)

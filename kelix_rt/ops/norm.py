@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kelix_rt.ops._autograd import differentiate, writes
 from kelix_rt.ops._fake import register_fake
+from kelix_rt.ops._gradients import layer_norm_backward, rms_norm_backward
 from kelix_rt.ops._wide import wide
 
 
@@ -87,5 +88,5 @@ def _layer_norm_fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-differentiate("rms_norm", rms_norm_ref)
-differentiate("layer_norm", layer_norm_ref)
+differentiate("rms_norm", rms_norm_ref, rms_norm_backward)
+differentiate("layer_norm", layer_norm_ref, layer_norm_backward)

@@ -45,7 +45,6 @@ STAGES = ("1", "2")
 # Stage of the language model that each stage reads: the first one need not wait for the last. What
 # the change of states costs was measured (docs/kelix-tiny.md).
 READS = {"1": "2.1", "2": LANGUAGE_STAGES[-1]}
-WEIGHED = "2"  # the stage whose loss weighs places by what lies there
 SHIFT = 3.0
 # How often pictures as they are, plain ones that answer requests, and strange ones are drawn.
 SHARES, ANSWERS = (0.3, 0.5, 0.2), 1
@@ -244,11 +243,10 @@ class DetokenizerTrainer:
         if steps_done(self.out / f"detokenizer-{name}.pt") < stage.steps:
             read()  # before the loop, whose precision is not theirs
         dropout, weights = dit.config.class_dropout_prob, cache(self.place_weights)
-        weighed = {"weights": WEIGHTS} if name == WEIGHED else {}
 
         def loss_fn(step: int) -> dict[str, Tensor]:
             indices = self.indices(name, step)
-            own = weights()[torch.tensor(indices) % self.pictures.count] if weighed else None
+            own = weights()[torch.tensor(indices) % self.pictures.count]
             return flow_loss(dit, *self.targets(read(), indices), dropout, own)
 
         return run_stage(
@@ -265,7 +263,7 @@ class DetokenizerTrainer:
             device=dit.device,
             dtype=torch.bfloat16,
             config=self.recipe.facts(
-                pictures=self.recipe.pictures, batch=stage.batch, **made_of, **weighed
+                pictures=self.recipe.pictures, batch=stage.batch, weights=WEIGHTS, **made_of
             ),
             on_log=lambda step: self._show(read(), name, step),
             **options,

@@ -95,7 +95,7 @@ def run_stage(
     if not trained:
         raise ValueError(f"run_stage: stage {name} has no parameter that requires a gradient")
     optimizer = torch.optim.AdamW(
-        trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
+        trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, fused=True
     )
     identity = StageIdentity.of(
         name, trained, dict(config or {}), steps=steps, lr=lr, warmup=warmup, seed=seed,

@@ -2,7 +2,7 @@
 
 The stages are those of the Kelix report, with a warm-up in front of two parts: the report starts
 from a pretrained vision transformer and a pretrained Qwen3, and neither exists at this size. The
-autoencoder's decoder has a stage of its own, and the DiT's second stage weighs places.
+autoencoder's decoder has a stage of its own, and the DiT's loss weighs places.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ CPU = Recipe(
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
-        "1": Stage(16000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(14000, 8e-4, 50, 16, lr_floor=0.02),
+        "1": Stage(13000, 1e-3, 100, 16, lr_floor=0.4),
+        "2": Stage(3500, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 

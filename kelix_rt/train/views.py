@@ -6,7 +6,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kelix_rt.processing import ImageProcessor, TextTokenizer
@@ -151,8 +153,15 @@ class Views:
     def _whole(self, scene: Scene, side: int) -> View:
         picture = draw(scene, side)
         patches, grid = self._images.patchify(picture)
-        covered, _ = self._images.patchify(coverage(scene, picture).convert("RGB"))
-        return View(patches, covered[:, :1], grid, token_labels(scene, side // self._images.factor))
+        covered = _patches_of_mask(coverage(scene, picture), self._images.patch_size)
+        return View(patches, covered, grid, token_labels(scene, side // self._images.factor))
+
+
+def _patches_of_mask(mask: Image.Image, patch: int) -> Tensor:
+    """float32 [n, 1, patch, patch] of a mode L mask, 1 where it is white and -1 elsewhere."""
+    rows, columns = mask.height // patch, mask.width // patch
+    white = torch.from_numpy(np.asarray(mask) > 0).view(rows, patch, columns, patch)
+    return white.transpose(1, 2).reshape(-1, 1, patch, patch).float() * 2 - 1
 
 
 def _moved(scene: Scene, rng: random.Random) -> Scene:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from kelix_rt.errors import InputError
 from kelix_rt.train.world_scene import BLENDS, UNNAMED, Scene, Thing
@@ -82,9 +82,9 @@ def draw(scene: Scene, side: int = 112) -> Image.Image:
 def coverage(scene: Scene, drawn: Image.Image) -> Image.Image:
     """Mode L picture as large as `drawn`, `draw` of the scene; white where a thing or a word is."""
     bare = draw(replace(scene, things=(), word=None), drawn.width)
-    shown, background = (np.asarray(picture, dtype=np.int16) for picture in (drawn, bare))
-    stands_off = np.abs(shown - background).max(axis=2) > COVERED
-    return Image.fromarray(stands_off.astype(np.uint8) * 255)
+    red, green, blue = ImageChops.difference(drawn, bare).split()
+    most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    return most.point([0] * (COVERED + 1) + [255] * (255 - COVERED))
 
 
 class _Plain(random.Random):
@@ -222,8 +222,8 @@ def _background(name: str, side: int, rng: random.Random) -> Image.Image:
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 6)
     ramp = np.linspace(-strength, strength, side, dtype=np.float32)
     slope = ramp[None, :] * math.cos(angle) + ramp[:, None] * math.sin(angle)
-    pixels = np.asarray(base, dtype=np.float32) + slope[:, :, None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    planes = [(slope + level).clip(0, 255).astype(np.uint8) for level in base]
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 
 
 def _shifted(place: float, most: float, rng: random.Random) -> float:

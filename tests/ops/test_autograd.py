@@ -21,6 +21,19 @@ CASES: dict[
     "rms_norm": (ops.rms_norm, ops.rms_norm_ref, [(5, 16), (16,)], (1e-6,)),
     "layer_norm": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), (16,), (16,)], (1e-5,)),
     "layer_norm plain": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), None, None], (1e-5,)),
+    "layer_norm by row": (
+        ops.layer_norm,
+        ops.layer_norm_ref,
+        [(5, 3, 16), (3, 16), (3, 16)],
+        (1e-5,),
+    ),
+    "rms_norm of many rows": (ops.rms_norm, ops.rms_norm_ref, [(3, 67, 40), (40,)], (1e-6,)),
+    "modulate many tokens": (
+        ops.modulate,
+        ops.modulate_ref,
+        [(2, 130, 24), (2, 24), (2, 24)],
+        (1e-6,),
+    ),
     "silu_mul": (ops.silu_mul, ops.silu_mul_ref, [(3, 5, 16)], ()),
     "modulate": (ops.modulate, ops.modulate_ref, [(2, 5, 16), (2, 16), (2, 16)], (1e-6,)),
     "relu_linear_attention": (
@@ -34,6 +47,24 @@ CASES: dict[
         ops.depthwise_glu_ref,
         [(2, 4, 5, 12), (12, 3, 3), (12,)],
         (1, 2),
+    ),
+    "depthwise_glu the other way": (
+        ops.depthwise_glu,
+        ops.depthwise_glu_ref,
+        [(3, 5, 1, 300), (300, 3, 3), (300,)],
+        (2, 1),
+    ),
+    "depthwise_glu of a plain convolution": (
+        ops.depthwise_glu,
+        ops.depthwise_glu_ref,
+        [(1, 1, 4, 6), (6, 3, 3), (6,)],
+        (0, 0),
+    ),
+    "relu_linear_attention of plain q and k": (
+        ops.relu_linear_attention,
+        ops.relu_linear_attention_ref,
+        [(1, 37, 240), None, None],
+        (40,),
     ),
 }
 
