@@ -6,49 +6,88 @@
 namespace kelix::KELIX_ISA {
 namespace {
 
-// grad[i] *= act'(x[i])
-void times_derivative(Activation activation, const float* x, int64_t count, float* grad) {
+// y = act(x) and slope = act'(x); y may be x.
+void activate_with_slope(Activation activation, const float* x, int64_t count, float* y,
+                         float* slope) {
   if (activation == Activation::kSilu) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const float sigmoid = 1.0f / (1.0f + exp_simd(-x[i]));
-      grad[i] *= sigmoid + x[i] * sigmoid * (1.0f - sigmoid);
+      const float sigmoid = sigmoid_simd(x[i]);
+      const float value = x[i] * sigmoid;
+      y[i] = value;
+      slope[i] = sigmoid + value * (1.0f - sigmoid);
     }
   } else if (activation == Activation::kGelu) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const float density = 0.39894228f * exp_simd(-0.5f * x[i] * x[i]);
-      grad[i] *= 0.5f * (1.0f + erf_simd(x[i] * 0.70710678f)) + x[i] * density;
+      const float value = x[i];
+      const float below = 0.5f * (1.0f + erf_simd(value * 0.70710678f));
+      y[i] = value * below;
+      slope[i] = below + value * 0.39894228f * exp_simd(-0.5f * value * value);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      y[i] = x[i];
+      slope[i] = 1.0f;
     }
   }
 }
 
-// The picture of one piece: rows of [width + 2][2][lanes], a row of zeros above and below.
+// The picture of one piece: rows of [width + 2][2][lanes] with zeros all around it, and rows of
+// [width][2][lanes] where nothing is read beyond it.
 struct Planes {
   float* activated;
-  float* sums;  // gradients of the convolution's results
-  float* row;   // [2][width][lanes]: one row of its results
-  int64_t row_floats;
+  float* sums;    // gradients of the convolution's results
+  float* slopes;  // of the activation in front
+  float* row;     // three rows of [width][lanes]: values, gates, and what becomes of the gates
+  int64_t outer;  // floats of a row with its border
+  int64_t inner;  // and without
 
-  float* activated_row(int64_t h) const { return activated + (h + 1) * row_floats; }
-  float* sums_row(int64_t h) const { return sums + (h + 1) * row_floats; }
+  float* activated_row(int64_t h) const { return activated + (h + 1) * outer; }
+  float* sums_row(int64_t h) const { return sums + (h + 1) * outer; }
 };
 
+void clear(float* begin, int64_t count) {
+  std::memset(begin, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
 Planes planes_of(const DepthwiseGluArgs& args, const Piece& piece, float* workspace) {
+  const int64_t pixel = 2 * piece.width;
   Planes planes;
-  planes.row_floats = (args.width + 2) * 2 * piece.width;
+  planes.outer = (args.width + 2) * pixel;
+  planes.inner = args.width * pixel;
   planes.activated = workspace;
-  planes.sums = workspace + (args.height + 2) * planes.row_floats;
-  planes.row = planes.sums + (args.height + 2) * planes.row_floats;
-  std::memset(planes.sums, 0,
-              static_cast<size_t>((args.height + 2) * planes.row_floats) * sizeof(float));
-  for (int64_t h = -1; h <= args.height; ++h) {
-    load_row<float>(args, piece, h, planes.activated_row(h));
+  planes.sums = planes.activated + (args.height + 2) * planes.outer;
+  planes.slopes = planes.sums + (args.height + 2) * planes.outer;
+  planes.row = planes.slopes + args.height * planes.inner;
+  float* const bordered[] = {planes.activated, planes.sums};
+  for (float* plane : bordered) {
+    clear(plane, planes.outer + pixel);
+    for (int64_t h = 1; h <= args.height; ++h) {
+      clear(plane + (h + 1) * planes.outer - pixel, 2 * pixel);
+    }
+    clear(plane + (args.height + 1) * planes.outer + pixel, planes.inner + pixel);
   }
   return planes;
 }
 
-// Fills sums_row(h): of out = value * act(gate), d value = grad * act(gate) and
+// Fills row h of `activated` and `slopes`; lanes past the channels are those of zeros.
+void activate_row(const DepthwiseGluArgs& args, const Piece& piece, int64_t h,
+                  const Planes& planes) {
+  const int64_t lanes = piece.width;
+  const float* x = static_cast<const float*>(args.x) +
+                   (piece.image * args.height + h) * args.width * 2 * args.channels + piece.first;
+  float* activated = planes.activated_row(h) + 2 * lanes;
+  float* slopes = planes.slopes + h * planes.inner;
+  for (int64_t i = 0; i < 2 * args.width; ++i) {
+    activate_with_slope(args.pre_act, x + i * args.channels, piece.size, activated + i * lanes,
+                        slopes + i * lanes);
+    clear(activated + i * lanes + piece.size, lanes - piece.size);
+  }
+}
+
+// Fills row h of `sums`: of out = value * act(gate), d value = grad * act(gate) and
 // d gate = grad * value * act'(gate).
 void backward_of_gate(const DepthwiseGluBackwardArgs& args, const Piece& piece, int64_t h,
                       const float* weight, const float* bias, const Planes& planes) {
@@ -57,9 +96,11 @@ void backward_of_gate(const DepthwiseGluBackwardArgs& args, const Piece& piece, 
   const float* const rows[3] = {planes.activated_row(h - 1), planes.activated_row(h),
                                 planes.activated_row(h + 1)};
   float* values = planes.row;
-  float* gates = planes.row + width * lanes;
+  float* gates = values + width * lanes;
+  float* slopes = gates + width * lanes;
   convolve_row(rows, weight, bias, 0, width, lanes, values);
   convolve_row(rows, weight, bias, 1, width, lanes, gates);
+  activate_with_slope(forward.gate_act, gates, width * lanes, gates, slopes);
   float* target = planes.sums_row(h) + 2 * lanes;
   const float* grad =
       args.grad + (piece.image * forward.height + h) * width * forward.channels + piece.first;
@@ -67,15 +108,14 @@ void backward_of_gate(const DepthwiseGluBackwardArgs& args, const Piece& piece, 
     float* dvalue = target + w * 2 * lanes;
     float* dgate = dvalue + lanes;
     const float* upstream = grad + w * forward.channels;
+    const int64_t place = w * lanes;
 #pragma omp simd
     for (int64_t c = 0; c < piece.size; ++c) {
-      dvalue[c] = gates[w * lanes + c];
-      dgate[c] = upstream[c] * values[w * lanes + c];
+      dvalue[c] = upstream[c] * gates[place + c];
+      dgate[c] = upstream[c] * values[place + c] * slopes[place + c];
     }
-    activate(forward.gate_act, dvalue, piece.size);
-    times_derivative(forward.gate_act, gates + w * lanes, piece.size, dgate);
-#pragma omp simd
-    for (int64_t c = 0; c < piece.size; ++c) dvalue[c] *= upstream[c];
+    clear(dvalue + piece.size, lanes - piece.size);
+    clear(dgate + piece.size, lanes - piece.size);
   }
 }
 
@@ -94,7 +134,7 @@ void backward_of_taps(const DepthwiseGluBackwardArgs& args, const Piece& piece, 
         const Vector grad = *reinterpret_cast<const Vector*>(grads + w * pixel);
 #pragma GCC unroll 9
         for (int tap = 0; tap < kTaps; ++tap) {
-          const float* x = around + tap / 3 * planes.row_floats + (w + tap % 3) * pixel;
+          const float* x = around + tap / 3 * planes.outer + (w + tap % 3) * pixel;
           sums[tap] += grad * *reinterpret_cast<const Vector*>(x);
         }
         sums[kTaps] += grad;
@@ -123,11 +163,11 @@ void backward_of_row(const DepthwiseGluBackwardArgs& args, const Piece& piece, i
     convolve_row(rows, turned, no_bias, half, width, lanes, planes.row);
     for (int64_t w = 0; w < width; ++w) {
       const int64_t pixel = (piece.image * forward.height + h) * width + w;
-      const int64_t start = (2 * pixel + half) * forward.channels + piece.first;
-      float* own = planes.row + w * lanes;
-      times_derivative(forward.pre_act, static_cast<const float*>(forward.x) + start, piece.size,
-                       own);
-      std::memcpy(args.dx + start, own, static_cast<size_t>(piece.size) * sizeof(float));
+      const float* own = planes.row + w * lanes;
+      const float* slopes = planes.slopes + h * planes.inner + (2 * w + half) * lanes;
+      float* dx = args.dx + (2 * pixel + half) * forward.channels + piece.first;
+#pragma omp simd
+      for (int64_t c = 0; c < piece.size; ++c) dx[c] = own[c] * slopes[c];
     }
   }
 }
@@ -144,14 +184,12 @@ void run_piece(const DepthwiseGluBackwardArgs& args, const Piece& piece, float* 
                   weight + (half * kTaps + tap) * kBlock, kBlock * sizeof(float));
     }
   }
+  const int64_t height = args.forward.height;
   const Planes planes = planes_of(args.forward, piece, workspace);
-  for (int64_t h = 0; h < args.forward.height; ++h) {
-    backward_of_gate(args, piece, h, weight, bias, planes);
-  }
+  for (int64_t h = 0; h < height; ++h) activate_row(args.forward, piece, h, planes);
+  for (int64_t h = 0; h < height; ++h) backward_of_gate(args, piece, h, weight, bias, planes);
   for (int64_t half = 0; half < 2; ++half) backward_of_taps(args, piece, half, planes);
-  for (int64_t h = 0; h < args.forward.height; ++h) {
-    backward_of_row(args, piece, h, turned, no_bias, planes);
-  }
+  for (int64_t h = 0; h < height; ++h) backward_of_row(args, piece, h, turned, no_bias, planes);
 }
 
 }  // namespace

@@ -15,9 +15,10 @@ inline int64_t linear_attention_backward_floats(int64_t tokens, int64_t stride) 
 }
 
 // Scratch of one worker: a block of channels of a whole picture, activated and as gradients of the
-// convolution, both with a border of zeros, and one row of sums and gates.
+// convolution, both with a border of zeros; slopes of the activation; and rows of sums and gates.
 inline int64_t depthwise_backward_floats(int64_t height, int64_t width) {
-  return (2 * (height + 2) * (width + 2) + width) * 2 * kDepthwiseChannels;
+  const int64_t planes = 2 * (height + 2) * (width + 2) + height * width;
+  return planes * 2 * kDepthwiseChannels + 3 * width * kDepthwiseChannels;
 }
 
 inline int64_t depthwise_backward_pieces(const DepthwiseGluArgs& args) {

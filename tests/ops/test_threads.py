@@ -51,6 +51,14 @@ def depthwise() -> Tensor:
     return ops.depthwise_glu(randn(2, 16, 17, 96), randn(96, 3, 3, seed=1), randn(96, seed=2))
 
 
+def gradients(op: Callable[..., Tensor], *shapes: tuple[int, ...], **others: int) -> Tensor:
+    """The gradients of an operator's tensors, end to end."""
+    inputs = [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    out = op(*inputs, **others)
+    found = torch.autograd.grad(out, inputs, randn(*out.shape, seed=9))
+    return torch.cat([grad.flatten() for grad in found])
+
+
 CALLS: list[Callable[[], Tensor]] = [
     attention,
     codes,
@@ -59,6 +67,11 @@ CALLS: list[Callable[[], Tensor]] = [
     depthwise,
     lambda: ops.rms_norm(randn(500, 512), randn(512, seed=1)),
     lambda: ops.silu_mul(randn(300, 1024)),
+    lambda: gradients(ops.rms_norm, (500, 192), (192,)),
+    lambda: gradients(ops.modulate, (3, 300, 96), (3, 96), (3, 96)),
+    lambda: gradients(ops.silu_mul, (300, 256)),
+    lambda: gradients(ops.relu_linear_attention, (5, 70, 288), (96,), (96,), head_dim=32),
+    lambda: gradients(ops.depthwise_glu, (5, 8, 7, 600), (600, 3, 3), (600,)),
 ]
 
 
