@@ -89,13 +89,19 @@ inline float round_to(float v) {
 // x * sigmoid(x).
 [[maybe_unused]] inline float silu_simd(float x) { return x / (1.0f + exp_simd(-x)); }
 
-// 1 / (1 + exp(-x)) that vectorises, for gradients: as exp_simd, but flat beyond +-87, so that one
-// factor scales by the power of two and nothing has to be put right afterwards. NaN stays NaN.
+// 1 / (1 + exp(-x)) that vectorises, for gradients: flat beyond +-87, so that exp needs one factor
+// for its power of two and no repair. The clamp is one of integers, which becomes a minimum and no
+// branches. NaN gives a number; what it multiplies is NaN still.
 [[maybe_unused]] inline float sigmoid_simd(float x) {
-  const float clamped = x > 87.0f ? 87.0f : (x < -87.0f ? -87.0f : x);
-  const float shifted = clamped * -1.44269504f + 12582912.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t size_bits = bits & 0x7fffffffu;
+  const uint32_t clamped_bits = size_bits < 0x42ae0000u ? size_bits : 0x42ae0000u;
+  float size;
+  std::memcpy(&size, &clamped_bits, 4);
+  const float shifted = size * -1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  float r = -clamped - n * 0.693359375f;
+  float r = -size - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -104,12 +110,13 @@ inline float round_to(float v) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  const uint32_t scale_bits = (bits - 0x4b400000u + 127u) << 23;
+  uint32_t scale_bits;
+  std::memcpy(&scale_bits, &shifted, 4);
+  scale_bits = (scale_bits - 0x4b400000u + 127u) << 23;
   float scale;
   std::memcpy(&scale, &scale_bits, 4);
-  return 1.0f / (1.0f + p * scale);
+  const float small = p * scale;  // exp(-|x|)
+  return (static_cast<int32_t>(bits) < 0 ? small : 1.0f) / (1.0f + small);
 }
 
 // Calls f(T{}) with the storage type of `dtype`.
