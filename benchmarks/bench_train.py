@@ -2,8 +2,8 @@
 that stays with the process against memory that goes back to the system.
 
 A step of the language model (512 positions, 130 of them visual and predicted) computes 11.5 GFLOP
-of products, one of the DiT (16 pictures) 24; about half of a float32 step is products, so no
-precision of theirs can make it twice as fast.
+of products, one of the DiT (16 pictures) 24; about two thirds of a float32 step are products, so no
+precision of theirs can make it three times as fast.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from kelix_rt.ops._fake import register_fake
 
 Grads = tuple[Tensor | None, ...]
+_PIECE = 64  # rows that are summed together: kGradientRows of csrc/common/gradients.h
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Grads:
@@ -47,8 +48,7 @@ def modulate_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps
 
 def silu_mul_backward(grad: Tensor, x: Tensor) -> Grads:
     """Gradient of x."""
-    flat = torch.ops.kelix.silu_mul_backward(grad.flatten(0, -2), x.flatten(0, -2))
-    return (flat.view(x.shape),)
+    return (torch.ops.kelix.silu_mul_backward(_rows(grad), _rows(x)).view(x.shape),)
 
 
 def relu_linear_attention_backward(
@@ -94,11 +94,15 @@ def _norm_backward(
 
     group: rows that share a row of `gain`, 0 for all.
     """
-    rows = x.flatten(0, -2)
+    rows = _rows(x)
     dx, sums = torch.ops.kelix.norm_backward(
-        grad.flatten(0, -2), rows, gain, group or len(rows), centred, eps
+        _rows(grad), rows, gain, group or len(rows), centred, eps
     )
     return dx.view(x.shape), sums.sum(1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 @register_fake("norm_backward")
@@ -106,7 +110,7 @@ def _norm_backward_fake(
     grad: Tensor, x: Tensor, gain: Tensor | None, group: int, centred: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     rows, cols = x.shape
-    return x.new_empty(x.shape), x.new_empty((rows // group, (group + 63) // 64, 2, cols))
+    return x.new_empty(x.shape), x.new_empty((rows // group, -(-group // _PIECE), 2, cols))
 
 
 @register_fake("silu_mul_backward")

@@ -19,6 +19,7 @@ CASES: dict[
     str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any], tuple[Any, ...]]
 ] = {
     "rms_norm": (ops.rms_norm, ops.rms_norm_ref, [(5, 16), (16,)], (1e-6,)),
+    "rms_norm of one row": (ops.rms_norm, ops.rms_norm_ref, [(16,), (16,)], (1e-6,)),
     "layer_norm": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), (16,), (16,)], (1e-5,)),
     "layer_norm plain": (ops.layer_norm, ops.layer_norm_ref, [(5, 16), None, None], (1e-5,)),
     "layer_norm by row": (
@@ -35,6 +36,7 @@ CASES: dict[
         (1e-6,),
     ),
     "silu_mul": (ops.silu_mul, ops.silu_mul_ref, [(3, 5, 16)], ()),
+    "silu_mul of one row": (ops.silu_mul, ops.silu_mul_ref, [(16,)], ()),
     "modulate": (ops.modulate, ops.modulate_ref, [(2, 5, 16), (2, 16), (2, 16)], (1e-6,)),
     "relu_linear_attention": (
         ops.relu_linear_attention,
