@@ -158,7 +158,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     }
 
 
-# Two hours and forty minutes on two fast CPU cores, over four on slow ones: docs/kelix-tiny.md.
+# A little over two hours on two fast CPU cores, under four on slow ones: docs/kelix-tiny.md.
 CPU = Recipe(
     autoencoder={
         "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),
