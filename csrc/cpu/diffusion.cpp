@@ -125,14 +125,7 @@ static_assert(kAttentionTokens % kTileRows == 0);
 
 // Adds k^T v and the sum of k of some tokens to the state of one head.
 void add_to_state(const float* k, const float* v, int64_t count, int64_t stride, float* state) {
-  for (int64_t i = 0; i < stride; i += kTileRows) {
-    const float* rows[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) rows[r] = k + i + r;
-    for (int64_t j = 0; j < stride; j += kStateVectors * kLanes) {
-      register_tile<kStateVectors, true>(rows, stride, v + j, stride, count, state + i * stride + j,
-                                         stride);
-    }
-  }
+  transposed_product<true>(k, v, count, stride, state);
   float* key_sum = state + stride * stride;
   for (int64_t t = 0; t < count; ++t) {
 #pragma omp simd

@@ -59,18 +59,6 @@ void load_head(const float* source, int64_t row_floats, int64_t tokens, int64_t 
 constexpr int kVectors = 2;
 static_assert(kStatePad % (kVectors * kLanes) == 0 && kStatePad % kTileRows == 0);
 
-// out = a^T b of [tokens, stride] each.
-void state_product(const float* a, const float* b, int64_t tokens, int64_t stride, float* out) {
-  for (int64_t i = 0; i < stride; i += kTileRows) {
-    const float* rows[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) rows[r] = a + i + r;
-    for (int64_t j = 0; j < stride; j += kVectors * kLanes) {
-      register_tile<kVectors, false>(rows, stride, b + j, stride, tokens, out + i * stride + j,
-                                     stride);
-    }
-  }
-}
-
 // out = a s of [tokens, stride] and [stride, stride]; `out` has room for whole tiles of rows.
 void row_product(const float* a, const float* s, int64_t tokens, int64_t stride, float* out) {
   for (int64_t t = 0; t < tokens; t += kTileRows) {
@@ -115,7 +103,7 @@ void attention_backward_head(const LinearAttentionBackwardArgs& args, int64_t in
   load_head(qkv + cols, 3 * cols, tokens, dim, stride, true, k);
   load_head(qkv + 2 * cols, 3 * cols, tokens, dim, stride, false, v);
   load_head(grad, cols, tokens, dim, stride, false, u);
-  state_product(v, k, tokens, stride, turned_state);
+  transposed_product<false>(v, k, tokens, stride, turned_state);
   for (int64_t c = 0; c < stride; ++c) key_sum[c] = dkey_sum[c] = 0;
   for (int64_t t = 0; t < tokens; ++t) {
 #pragma omp simd
@@ -139,8 +127,8 @@ void attention_backward_head(const LinearAttentionBackwardArgs& args, int64_t in
 #pragma omp simd
     for (int64_t c = 0; c < stride; ++c) dkey_sum[c] -= error * own[c];
   }
-  state_product(q, u, tokens, stride, dstate);
-  state_product(u, q, tokens, stride, turned_dstate);
+  transposed_product<false>(q, u, tokens, stride, dstate);
+  transposed_product<false>(u, q, tokens, stride, turned_dstate);
   row_product(v, turned_dstate, tokens, stride, result);
   for (int64_t t = 0; t < tokens; ++t) {
     float* dk = dqkv + t * 3 * cols + cols;

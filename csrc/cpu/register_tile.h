@@ -54,5 +54,21 @@ inline void register_tile(const float* const (&rows)[kTileRows], int64_t row_ste
   }
 }
 
+// out[i, j] = sum_k a[k, i] * b[k, j], all rows `stride` long, i and j below it; with Accumulate it
+// is added to `out`. stride: a multiple of kTileRows and of two vectors.
+template <bool Accumulate>
+inline void transposed_product(const float* a, const float* b, int64_t depth, int64_t stride,
+                               float* out) {
+  constexpr int kVectors = 2;
+  for (int64_t i = 0; i < stride; i += kTileRows) {
+    const float* rows[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) rows[r] = a + i + r;
+    for (int64_t j = 0; j < stride; j += kVectors * kLanes) {
+      register_tile<kVectors, Accumulate>(rows, stride, b + j, stride, depth, out + i * stride + j,
+                                          stride);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kelix

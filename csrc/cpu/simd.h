@@ -59,13 +59,13 @@ inline float round_to(float v) {
   return to_float(from_float<T>(v));
 }
 
-// exp(x) that vectorises: |relative error| < 2e-7, 0 below -87.3, inf above 88.7, NaN kept.
-[[maybe_unused]] inline float exp_simd(float x) {
-  const float clamped = x < -87.3f ? -87.3f : (x > 88.72f ? 88.72f : x);
-  // Adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
+// x / ln 2 to the nearest integer, in the low bits of a float: adding 1.5 * 2^23 rounds.
+inline constexpr float kRounding = 12582912.0f;
+inline constexpr uint32_t kRoundingBits = 0x4b400000u;
+
+// exp(x - n ln 2) for the n nearest to x / ln 2.
+[[maybe_unused]] inline float exp_of_rest(float x, float n) {
+  float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -73,12 +73,19 @@ inline float round_to(float v) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// exp(x) that vectorises: |relative error| < 2e-7, 0 below -87.3, inf above 88.7, NaN kept.
+[[maybe_unused]] inline float exp_simd(float x) {
+  const float clamped = x < -87.3f ? -87.3f : (x > 88.72f ? 88.72f : x);
+  const float shifted = clamped * 1.44269504f + kRounding;
+  const float p = exp_of_rest(clamped, shifted - kRounding);
   uint32_t bits;
   std::memcpy(&bits, &shifted, 4);
   // 2^n in two factors: n = 128 alone has no float32.
-  const uint32_t half_bits = (((bits - 0x4b400000u + 254u) >> 1) << 23);
-  const uint32_t rest_bits = ((bits - 0x4b400000u + 254u) << 23) - half_bits;
+  const uint32_t half_bits = (((bits - kRoundingBits + 254u) >> 1) << 23);
+  const uint32_t rest_bits = ((bits - kRoundingBits + 254u) << 23) - half_bits;
   float half, rest;
   std::memcpy(&half, &half_bits, 4);
   std::memcpy(&rest, &rest_bits, 4);
@@ -99,20 +106,11 @@ inline float round_to(float v) {
   const uint32_t clamped_bits = size_bits < 0x42ae0000u ? size_bits : 0x42ae0000u;
   float size;
   std::memcpy(&size, &clamped_bits, 4);
-  const float shifted = size * -1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = -size - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const float shifted = size * -1.44269504f + kRounding;
+  const float p = exp_of_rest(-size, shifted - kRounding);
   uint32_t scale_bits;
   std::memcpy(&scale_bits, &shifted, 4);
-  scale_bits = (scale_bits - 0x4b400000u + 127u) << 23;
+  scale_bits = (scale_bits - kRoundingBits + 127u) << 23;
   float scale;
   std::memcpy(&scale, &scale_bits, 4);
   const float small = p * scale;  // exp(-|x|)
