@@ -40,23 +40,24 @@ struct LinearAttentionBackwardArgs {
   const float* grad;  // [batch, tokens, heads * head_dim]
   const float* qkv;   // [batch, tokens, 3 * heads * head_dim]
   float* dqkv;        // like qkv
-  float* workspace;   // [batch * heads, linear_attention_backward_floats]
+  float* workspace;   // [slots, linear_attention_backward_floats]
   int64_t batch;
   int64_t tokens;
   int64_t heads;
   int64_t head_dim;
   int64_t stride;  // head_dim rounded up to kStatePad
+  int64_t slots;   // workers
   float eps;
 };
 
 // Of depthwise_glu (DepthwiseGluArgs). Every picture has sums of its own for weight and bias.
 struct DepthwiseGluBackwardArgs {
-  DepthwiseGluArgs forward;  // without y, workspace and slots
+  DepthwiseGluArgs forward;  // without y and workspace
   const float* grad;         // [batch, height, width, channels]
   float* dx;                 // [batch, height, width, 2 * channels]
   float* dweight;            // [batch, 2 * channels, 3, 3]
   float* dbias;              // [batch, 2 * channels]
-  float* workspace;          // [pieces, depthwise_backward_floats(height, width)]
+  float* workspace;          // [slots, depthwise_backward_floats(height, width)]
 };
 
 }  // namespace kelix

@@ -183,8 +183,10 @@ void linear_attention_backward(const LinearAttentionBackwardArgs& args, int64_t 
   // One workspace for the whole range: memory that nobody touches costs nothing.
   float* workspace =
       args.workspace + begin * linear_attention_backward_floats(args.tokens, args.stride);
-  for (int64_t index = begin; index < end; ++index) {
-    attention_backward_head(args, index, workspace);
+  for (int64_t slot = begin; slot < end; ++slot) {
+    for (int64_t index = slot; index < args.batch * args.heads; index += args.slots) {
+      attention_backward_head(args, index, workspace);
+    }
   }
 }
 

@@ -26,8 +26,7 @@ inline int64_t depthwise_backward_pieces(const DepthwiseGluArgs& args) {
 }
 
 // Ranges: norm_backward: pieces of rows / group * pieces; silu_mul_backward: rows;
-// linear_attention_backward: heads of batch * heads; depthwise_glu_backward: blocks of channels,
-// depthwise_backward_pieces.
+// linear_attention_backward: workers of slots; depthwise_glu_backward: workers of forward.slots.
 KELIX_FOR_EACH_ISA(void norm_backward(const NormBackwardArgs& args, int64_t begin, int64_t end);
                    void silu_mul_backward(const SiluMulBackwardArgs& args, int64_t begin,
                                           int64_t end);

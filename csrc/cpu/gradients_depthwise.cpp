@@ -199,10 +199,12 @@ void depthwise_glu_backward(const DepthwiseGluBackwardArgs& args, int64_t begin,
   // One workspace for the whole range: memory that nobody touches costs nothing.
   float* workspace =
       args.workspace + begin * depthwise_backward_floats(args.forward.height, args.forward.width);
-  for (int64_t index = begin; index < end; ++index) {
-    Piece piece = channel_block(args.forward, index % blocks);
-    piece.image = index / blocks;
-    run_piece(args, piece, workspace);
+  for (int64_t slot = begin; slot < end; ++slot) {
+    for (int64_t index = slot; index < args.forward.batch * blocks; index += args.forward.slots) {
+      Piece piece = channel_block(args.forward, index % blocks);
+      piece.image = index / blocks;
+      run_piece(args, piece, workspace);
+    }
   }
 }
 

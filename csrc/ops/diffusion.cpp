@@ -12,11 +12,6 @@
 namespace kelix {
 namespace {
 
-template <class Kernel, class Args>
-void run_parallel(int64_t size, int64_t grain, Kernel kernel, const Args& args) {
-  torch_parallel_for()(size, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
 Tensor modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   Check check("modulate");
   check.shape(x, "x", {"B", "N", "C"})

@@ -13,6 +13,9 @@
 namespace kelix {
 namespace {
 
+// Workers that have a workspace each, at most.
+constexpr int64_t kMaxWorkers = 64;
+
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(data(tensor)); }
 float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
@@ -48,9 +51,8 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
                               pieces,
                               centred,
                               static_cast<float>(eps)};
-  const auto kernel = KELIX_CPU(norm_backward);
-  torch_parallel_for()(rows / group * pieces, row_grain(kGradientRows * args.cols),
-                       [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_parallel(rows / group * pieces, row_grain(kGradientRows * args.cols),
+               KELIX_CPU(norm_backward), args);
   return {dx, sums};
 }
 
@@ -66,9 +68,7 @@ Tensor silu_mul_backward(const Tensor& grad, const Tensor& x) {
   Tensor dx = new_like(input);
   const SiluMulBackwardArgs args{floats(upstream), floats(input), floats_of(dx), check["rows"],
                                  check["F"]};
-  const auto kernel = KELIX_CPU(silu_mul_backward);
-  torch_parallel_for()(args.rows, row_grain(2 * args.cols),
-                       [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_parallel(args.rows, row_grain(2 * args.cols), KELIX_CPU(silu_mul_backward), args);
   return dx;
 }
 
@@ -86,9 +86,9 @@ Tensor relu_linear_attention_backward(const Tensor& grad, const Tensor& qkv, int
   Tensor dqkv = new_like(input);
   const int64_t heads = check["C"] / head_dim;
   const int64_t stride = ceil_div(head_dim, kStatePad) * kStatePad;
-  Tensor workspace =
-      new_tensor({check["B"] * heads, linear_attention_backward_floats(check["N"], stride)},
-                 ScalarType::Float, input);
+  const int64_t slots = std::min(check["B"] * heads, kMaxWorkers);
+  Tensor workspace = new_tensor({slots, linear_attention_backward_floats(check["N"], stride)},
+                                ScalarType::Float, input);
   const LinearAttentionBackwardArgs args{floats(upstream),
                                          floats(input),
                                          floats_of(dqkv),
@@ -98,10 +98,11 @@ Tensor relu_linear_attention_backward(const Tensor& grad, const Tensor& qkv, int
                                          heads,
                                          head_dim,
                                          stride,
+                                         slots,
                                          static_cast<float>(eps)};
-  const auto kernel = KELIX_CPU(linear_attention_backward);
-  torch_parallel_for()(args.batch * heads, row_grain(args.tokens * stride),
-                       [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t heads_of_a_slot = ceil_div(args.batch * heads, std::max<int64_t>(1, slots));
+  run_parallel(slots, row_grain(heads_of_a_slot * args.tokens * stride),
+               KELIX_CPU(linear_attention_backward), args);
   return dqkv;
 }
 
@@ -124,27 +125,27 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_glu_backward(const Tensor& grad, co
   Tensor dx = new_like(input);
   Tensor dweight = new_tensor({check["B"], check["2M"], 3, 3}, ScalarType::Float, input);
   Tensor dbias = new_tensor({check["B"], check["2M"]}, ScalarType::Float, input);
-  const DepthwiseGluArgs forward{data(input),
-                                 data(weights),
-                                 data(biases),
-                                 nullptr,
-                                 nullptr,
-                                 0,
-                                 check["B"],
-                                 check["H"],
-                                 check["W"],
-                                 check["M"],
-                                 static_cast<Activation>(pre_act),
-                                 static_cast<Activation>(gate_act),
-                                 DType::kFloat32};
-  const int64_t pieces = depthwise_backward_pieces(forward);
-  Tensor workspace = new_tensor({pieces, depthwise_backward_floats(forward.height, forward.width)},
-                                ScalarType::Float, input);
+  DepthwiseGluArgs forward{data(input),
+                           data(weights),
+                           data(biases),
+                           nullptr,
+                           nullptr,
+                           0,
+                           check["B"],
+                           check["H"],
+                           check["W"],
+                           check["M"],
+                           static_cast<Activation>(pre_act),
+                           static_cast<Activation>(gate_act),
+                           DType::kFloat32};
+  forward.slots = std::min(depthwise_backward_pieces(forward), kMaxWorkers);
+  Tensor workspace =
+      new_tensor({forward.slots, depthwise_backward_floats(forward.height, forward.width)},
+                 ScalarType::Float, input);
   const DepthwiseGluBackwardArgs args{forward,          floats(upstream),
                                       floats_of(dx),    floats_of(dweight),
                                       floats_of(dbias), floats_of(workspace)};
-  const auto kernel = KELIX_CPU(depthwise_glu_backward);
-  torch_parallel_for()(pieces, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_parallel(forward.slots, 1, KELIX_CPU(depthwise_glu_backward), args);
   return {dx, dweight, dbias};
 }
 

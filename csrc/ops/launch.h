@@ -36,6 +36,12 @@ inline int64_t row_grain(int64_t cols) {
 // torch's thread pool.
 ParallelFor torch_parallel_for();
 
+// Runs a CPU kernel over [0, size) on it.
+template <class Kernel, class Args>
+void run_parallel(int64_t size, int64_t grain, Kernel kernel, const Args& args) {
+  torch_parallel_for()(size, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 // PyTorch's current stream of the device the tensor is on; an error where this torch has no CUDA.
 void* current_stream(const Tensor& tensor);
 

@@ -1,5 +1,5 @@
-"""Backward passes as native CPU kernels, for float32: what a step of training spends on them is
-several times less than through the references (`benchmarks/bench_train.py`).
+"""Backward passes as native CPU kernels, for float32, measured against those through the references
+in `benchmarks/bench_gradients.py`.
 
 Each takes the upstream gradient and the inputs of its operator, and gives the gradients of the
 tensors among those, in their order. `_autograd.differentiate` says when they are called.

@@ -62,6 +62,18 @@ CASES: dict[
         [(1, 1, 4, 6), (6, 3, 3), (6,)],
         (0, 0),
     ),
+    "depthwise_glu of more pictures than workers": (
+        ops.depthwise_glu,
+        ops.depthwise_glu_ref,
+        [(70, 2, 3, 4), (4, 3, 3), (4,)],
+        (1, 1),
+    ),
+    "relu_linear_attention of more heads than workers": (
+        ops.relu_linear_attention,
+        ops.relu_linear_attention_ref,
+        [(35, 5, 48), (16,), (16,)],
+        (8,),
+    ),
     "relu_linear_attention of plain q and k": (
         ops.relu_linear_attention,
         ops.relu_linear_attention_ref,
