@@ -74,5 +74,6 @@ inline bool uses_cuda(const Tensor& tensor) { return tensor.is_cuda(); }
     ::kelix::check_launch(op, ::kelix::cuda::function(args, ::kelix::current_stream(tensor))); \
   } while (false)
 #else
-#define KELIX_LAUNCH_CUDA(op, tensor, function, args) ::kelix::throw_built_without_cuda(op)
+#define KELIX_LAUNCH_CUDA(op, tensor, function, args) \
+  (static_cast<void>(args), ::kelix::throw_built_without_cuda(op))
 #endif
