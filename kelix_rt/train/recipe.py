@@ -153,12 +153,12 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
         "1": stage(300, 1e-3, {"shown": 2.0, "pair": 1.0}, lr_floor=0.3),
         "2.1": stage(1200, 1e-3, looked, lr_floor=0.5),
         "2.2": stage(9500, 8e-4, mixed, lr_floor=0.4),
-        "3": stage(18000, 6e-4, late, lr_floor=0.03),
+        "3": stage(28000, 8e-4, late, lr_floor=0.03),
         "4": stage(500, 5e-5, single),
     }
 
 
-# A little over two hours on two fast CPU cores, under four on slow ones: docs/kelix-tiny.md.
+# Estimated: under three hours on two fast CPU cores, under five on slow ones (docs/kelix-tiny.md).
 CPU = Recipe(
     autoencoder={
         "1": Stage(6000, 1e-3, 100, 8, lr_floor=0.02),
@@ -172,8 +172,8 @@ CPU = Recipe(
     },
     language=_language(batch=512, share=1.0, rate=1.0),
     detokenizer={
-        "1": Stage(13000, 1e-3, 100, 16, lr_floor=0.4),
-        "2": Stage(3500, 8e-4, 50, 16, lr_floor=0.02),
+        "1": Stage(17000, 1e-3, 100, 16, lr_floor=0.4),
+        "2": Stage(6000, 8e-4, 50, 16, lr_floor=0.02),
     },
 )
 
