@@ -105,7 +105,7 @@ class Recipe:
     """The whole pipeline. pictures: train scenes that get codes and latents."""
 
     sizes: Sizes = Sizes()
-    pictures: int = 6_000
+    pictures: int = 12_000
     seed: int = 0
     autoencoder: Mapping[str, Stage] = field(default_factory=dict)
     tokenizer: Mapping[str, Stage] = field(default_factory=dict)
