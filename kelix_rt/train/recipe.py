@@ -145,7 +145,7 @@ def _language(batch: int, share: float, rate: float) -> dict[str, Stage]:
     mixed = {"text": 0.4, "told relations": 0.5, "caption": 0.4, "draw": 3.5, **asked}
     related = {"told relations": 1.0, "shown relations": 1.5, "relation questions": 2.0}
     related |= {"strange relations": 2.0}
-    drawn = {"draw": 5.0, "draw exactly": 3.0, "draw odd": 8.0}
+    drawn = {"draw": 7.0, "draw exactly": 4.0, "draw odd": 7.0}
     late = mixed | {"shown": 1.0, "questions": 2.5, "inventory": 0.3} | related | drawn
     single = {"text": 0.5, "caption": 1.0, "one_question": 4.0, "draw": 4.0}
     return {
