@@ -84,6 +84,7 @@ def build_native(output: Path) -> None:
         "OUTPUT_DIR": output,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": _pybind11_dir(),
+        "CMAKE_COMPILE_WARNING_AS_ERROR": os.environ.get("KELIX_WERROR") == "1",
     }
     # CMake remembers what an earlier build was given: without the variable its default holds again.
     archs = os.environ.get("KELIX_CUDA_ARCHS")

@@ -27,9 +27,10 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
 }
 
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...), which runs only where the whole
-// grid fits at once. A CUDA graph can hold it.
+// grid fits at once; false where it does not (a stream may have a part of the device). A CUDA graph
+// can hold it.
 template <class... Parameters, class... Arguments>
-void launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+bool launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                             size_t dynamic_shared, void* stream, const Arguments&... arguments) {
   allow_dynamic_shared(reinterpret_cast<const void*>(kernel), dynamic_shared);
   cudaLaunchAttribute together{};
@@ -42,7 +43,10 @@ void launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &together;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
+  const bool fits =
+      cudaLaunchKernelEx(&config, kernel, arguments...) != cudaErrorCooperativeLaunchTooLarge;
+  if (!fits) cudaGetLastError();  // it is dealt with
+  return fits;
 }
 
 // The multiprocessors of the current device where each can hold a CTA of `kernel`, else 0.

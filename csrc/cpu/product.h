@@ -16,15 +16,8 @@
 namespace kelix {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int64_t kTileOutputs = 4;
-constexpr int64_t kTileRows = kLanes == 16 ? 4 : 2;  // what the vector registers hold
+constexpr int64_t kProductOutputs = 4;
+constexpr int64_t kProductRows = kLanes == 16 ? 4 : 2;  // what the vector registers hold
 
 // How far ahead weights are asked for, into the L2 cache: the hardware alone starts over at every
 // short row.
@@ -161,21 +154,21 @@ void linear_tile(const Linear<T>& a, int64_t output, int64_t row) {
 template <int kOutputs, class T>
 void linear_outputs(const Linear<T>& a, int64_t output) {
   int64_t row = 0;
-  for (; row + kTileRows <= a.batch; row += kTileRows) {
-    linear_tile<kOutputs, kTileRows>(a, output, row);
+  for (; row + kProductRows <= a.batch; row += kProductRows) {
+    linear_tile<kOutputs, kProductRows>(a, output, row);
   }
   for (; row < a.batch; ++row) linear_tile<kOutputs, 1>(a, output, row);
 }
 
 template <class T>
 void linear(const Linear<T>& a, const ParallelFor& parallel) {
-  const int64_t tiles = (a.out + kTileOutputs - 1) / kTileOutputs;
-  const int64_t grain = 1 + 65536 / (kTileOutputs * a.in * a.batch + 1);
+  const int64_t tiles = (a.out + kProductOutputs - 1) / kProductOutputs;
+  const int64_t grain = 1 + 65536 / (kProductOutputs * a.in * a.batch + 1);
   parallel(tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      int64_t output = tile * kTileOutputs;
-      if (output + kTileOutputs <= a.out) {
-        linear_outputs<kTileOutputs>(a, output);
+      int64_t output = tile * kProductOutputs;
+      if (output + kProductOutputs <= a.out) {
+        linear_outputs<kProductOutputs>(a, output);
       } else {
         for (; output < a.out; ++output) linear_outputs<1>(a, output);
       }

@@ -4,22 +4,13 @@
 
 #include <cstdint>
 
+#include "cpu/simd.h"
+
 namespace kelix {
 namespace {
 
-#if defined(__AVX512F__)
-inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 8;
-inline constexpr int kTileVectors = 3;
-#elif defined(__AVX2__)
-inline constexpr int kLanes = 8;
-inline constexpr int kTileRows = 4;
-inline constexpr int kTileVectors = 3;
-#else
-inline constexpr int kLanes = 4;
-inline constexpr int kTileRows = 4;
-inline constexpr int kTileVectors = 2;
-#endif
+inline constexpr int kTileRows = kLanes == 16 ? 8 : 4;
+inline constexpr int kTileVectors = kLanes == 4 ? 2 : 3;
 
 // One vector register of float32, loaded from and stored to any float address.
 using Vector = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

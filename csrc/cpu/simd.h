@@ -12,6 +12,15 @@
 namespace kelix {
 namespace {
 
+// float32 in one vector register.
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
 struct bf16 {
   uint16_t bits;
 };

@@ -19,24 +19,14 @@ dim3 merge_grid(const PagedAttentionArgs& args) {
 
 template <class T, class Cache>
 void launch_lanes(const PagedAttentionArgs& args, cudaStream_t stream) {
-  constexpr int kWide = 16 / sizeof(T);
+  constexpr int kWide = std::is_same_v<Cache, float8> ? 8 : 16 / sizeof(T);
   const auto launch = [&](auto kernel) {
     launch_kernel(kernel, unit_grid(args), kAttentionThreads, 0, stream, args);
   };
-  if constexpr (std::is_same_v<Cache, float8>) {
-    // Heads that the vectors do not fit are too rare for a kernel per size.
-    args.plan.wide ? launch(paged_attention_lanes_kernel<T, float8, 8, 1>)
-                   : launch(paged_attention_lanes_kernel<T, float8, 1, 8>);
-  } else if (args.plan.wide && args.head_dim <= kWarpSize * kWide) {
-    launch(paged_attention_lanes_kernel<T, T, kWide, 1>);
-  } else if (args.head_dim <= 32) {
-    launch(paged_attention_lanes_kernel<T, T, 1, 1>);
-  } else if (args.head_dim <= 64) {
-    launch(paged_attention_lanes_kernel<T, T, 1, 2>);
-  } else if (args.head_dim <= 128) {
-    launch(paged_attention_lanes_kernel<T, T, 1, 4>);
-  } else {
-    launch(paged_attention_lanes_kernel<T, T, 1, 8>);
+  if (args.plan.wide && args.head_dim <= kWarpSize * kWide) {
+    launch(paged_attention_lanes_kernel<T, Cache, kWide, 1>);
+  } else {  // too rare for a kernel per size
+    launch(paged_attention_lanes_kernel<T, Cache, 1, 8>);
   }
 }
 
@@ -88,7 +78,7 @@ void launch_attention(const PagedAttentionArgs& args, cudaStream_t stream) {
 }  // namespace
 
 const char* paged_attention(const PagedAttentionArgs& args, void* stream) {
-  if (args.num_rows == 0 || args.batch == 0) return nullptr;
+  if (args.num_rows == 0 || args.batch == 0 || args.num_heads == 0) return nullptr;
   const auto queue = static_cast<cudaStream_t>(stream);
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);

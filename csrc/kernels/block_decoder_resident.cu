@@ -11,9 +11,8 @@ bool launch_resident(const BlockDecoderArgs& args, void* stream) {
   const unsigned ctas = ctas_together(block_decode_kernel<T>, kResidentThreads, shared);
   if (ctas == 0) return false;
   set_zero(args.work.arrived, sizeof(*args.work.arrived), stream);
-  launch_kernel_together(block_decode_kernel<T>, ctas, kResidentThreads, shared, stream, args,
-                         draws_everywhere);
-  return true;
+  return launch_kernel_together(block_decode_kernel<T>, ctas, kResidentThreads, shared, stream,
+                                args, draws_everywhere);
 }
 
 }  // namespace

@@ -87,6 +87,7 @@ const char* merge_keys(const NearestCodesArgs& args, void* stream, const Search&
 
 // One launch, or three where the codes of a book are shared out: their parts meet in the indices.
 const char* nearest_codes_tensor(const NearestCodesArgs& args, void* stream) {
+  if (num_multiprocessors() == 0) return launch_error();  // the device answers nothing
   const bool hopper = takes_hopper(args);
   const int ctas = num_multiprocessors() * (hopper ? 1 : codes_mma::kCtas);
   const CodesGrid grid =

@@ -15,7 +15,7 @@ Tensor silu_mul(const Tensor& x) {
   Check check("silu_mul");
   check.shape(x, "x", {"...", "2F"}).storage(x, "x");
   const int64_t width = check["2F"];
-  check.rule(width % 2 == 0, "x", "must have an even last dimension (gate | up)", shape_text(x));
+  check.rule(width % 2 == 0, "x", x, "must have an even last dimension (gate | up)");
   const Tensor input = dense(x);
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = width / 2;

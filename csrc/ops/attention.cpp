@@ -14,12 +14,9 @@
 namespace kelix {
 namespace {
 
-// Called per token and page: the texts are only made for an index that does not fit.
 void require_index(Check& check, const char* name, int64_t index, int64_t first, int64_t limit) {
-  if (index >= first && index < limit) return;
-  check.rule(false, name,
-             "must lie in [" + std::to_string(first) + ", " + std::to_string(limit) + ")",
-             std::to_string(index));
+  check.rule(index >= first && index < limit, name, index, "must lie in [", first, ", ", limit,
+             ")");
 }
 
 // Whether a cache is float8 instead of what the call's other tensors, of which `like` is one, are.
@@ -27,16 +24,11 @@ bool is_float8_cache(Check& check, const Tensor& k_cache, const Tensor& v_cache,
                      const char* like_name) {
   const ScalarType got = k_cache.scalar_type();
   const bool float8 = got == ScalarType::Float8_e4m3fn;
-  if (!float8 && got != like.scalar_type()) {
-    check.rule(false, "k_cache",
-               std::string("must be ") + dtype_text(like.scalar_type()) + " like " + like_name +
-                   ", or float8_e4m3fn",
-               dtype_text(got));
-  }
-  if (v_cache.scalar_type() != got) {
-    check.rule(false, "v_cache", std::string("must be ") + dtype_text(got) + " like k_cache",
-               dtype_text(v_cache.scalar_type()));
-  }
+  check
+      .rule(float8 || got == like.scalar_type(), "k_cache", got, "must be ", like.scalar_type(),
+            " like ", like_name, ", or float8_e4m3fn")
+      .rule(v_cache.scalar_type() == got, "v_cache", v_cache.scalar_type(), "must be ", got,
+            " like k_cache");
   return float8;
 }
 
@@ -59,10 +51,9 @@ Tensor rope_store_kv(const Tensor& qkv, const std::optional<Tensor>& q_weight,
       .contiguous(k_cache, "k_cache")
       .contiguous(v_cache, "v_cache");
   const int64_t head_dim = check["hd"];
-  check.rule(num_heads > 0, "num_heads", "must be positive", std::to_string(num_heads))
-      .rule(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "k_cache",
-            "must have an even head_dim of at most " + std::to_string(kMaxHeadDim),
-            shape_text(k_cache))
+  check.rule(num_heads > 0, "num_heads", num_heads, "must be positive")
+      .rule(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "k_cache", k_cache,
+            "must have an even head_dim of at most ", kMaxHeadDim)
       .shape(qkv, "qkv", {"T", Dim("(H+2*KV)*hd", (num_heads + 2 * check["KV"]) * head_dim)})
       .storage(qkv, "qkv")
       .shape(cos_sin, "cos_sin", {"max_pos", "hd"})
@@ -121,15 +112,12 @@ std::vector<AttentionTile> attention_tiles(Check& check, const PagedAttentionArg
     const int64_t end = args.query_start[request + 1];
     const int64_t context = args.context_lens[request];
     check
-        .rule(0 <= begin && begin <= end && end <= args.num_rows, "query_start",
-              "must rise from 0 to at most T=" + std::to_string(args.num_rows),
-              std::to_string(begin) + ", " + std::to_string(end))
+        .rule(0 <= begin && begin <= end && end <= args.num_rows, "query_start", end,
+              "must rise from 0 to at most T=", args.num_rows, ", here from ", begin)
         .rule(
             context == 0 || (context >= end - begin && context <= args.max_pages * args.page_size),
-            "context_lens",
-            "must cover the request's " + std::to_string(end - begin) +
-                " rows and fit its page table of " + std::to_string(args.max_pages) + " pages",
-            std::to_string(context));
+            "context_lens", context, "must cover the request's ", end - begin,
+            " rows and fit its page table of ", args.max_pages, " pages");
     for (int64_t page = 0; page * args.page_size < context; ++page) {
       require_index(check, "page_table", args.page_table[request * args.max_pages + page], 0,
                     num_pages);
@@ -167,11 +155,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       .dtype(context_lens, "context_lens", ScalarType::Int)
       .shape(query_start, "query_start", {Dim("B+1", check["B"] + 1)})
       .dtype(query_start, "query_start", ScalarType::Int)
-      .rule(check["KV"] > 0 && check["H"] % check["KV"] == 0, "q",
-            "must have a number of heads that KV=" + std::to_string(check["KV"]) + " divides",
-            shape_text(q))
-      .rule(check["hd"] <= kMaxHeadDim, "q",
-            "must have head_dim of at most " + std::to_string(kMaxHeadDim), shape_text(q))
+      .rule(check["KV"] > 0 && check["H"] % check["KV"] == 0, "q", q,
+            "must have a number of heads that KV=", check["KV"], " divides")
+      .rule(check["hd"] <= kMaxHeadDim, "q", q, "must have head_dim of at most ", kMaxHeadDim)
       // A copy of the whole cache per call would hide a mistake of the caller.
       .contiguous(k_cache, "k_cache")
       .contiguous(v_cache, "v_cache");

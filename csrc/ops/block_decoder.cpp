@@ -88,33 +88,29 @@ BlockDecoderWorkspace carve(FloatArena& arena, const BlockDecoderArgs& args) {
 
 void check_ids(Check& check, int64_t vocab, int64_t num_codes, int64_t text_vocab,
                int64_t block_end, int64_t banned_id) {
-  const auto text = [](int64_t value) { return std::to_string(value); };
-  check.rule(num_codes >= 1, "num_codes", "must be at least 1", text(num_codes))
-      .rule(text_vocab >= 1 && text_vocab < vocab, "text_vocab",
-            "must be in [1, VT=" + text(vocab) + ")", text(text_vocab))
-      .rule((vocab - text_vocab) % num_codes == 0, "head",
-            "must have text_vocab + num_codes * K = " + text(text_vocab) + " + " + text(num_codes) +
-                " * K rows",
-            text(vocab))
-      .rule(block_end >= 0 && block_end < text_vocab, "block_end",
-            "must be a text id in [0, text_vocab=" + text(text_vocab) + ")", text(block_end))
-      .rule(banned_id >= -1 && banned_id < text_vocab, "banned_id",
-            "must be -1 (none) or a text id below text_vocab=" + text(text_vocab), text(banned_id))
-      .rule(vocab <= std::numeric_limits<int32_t>::max(), "head", "must have VT < 2^31 rows",
-            text(vocab));
+  check.rule(num_codes >= 1, "num_codes", num_codes, "must be at least 1")
+      .rule(text_vocab >= 1 && text_vocab < vocab, "text_vocab", text_vocab,
+            "must be in [1, VT=", vocab, ")")
+      .rule((vocab - text_vocab) % num_codes == 0, "head", vocab,
+            "must have text_vocab + num_codes * K = ", text_vocab, " + ", num_codes, " * K rows")
+      .rule(block_end >= 0 && block_end < text_vocab, "block_end", block_end,
+            "must be a text id in [0, text_vocab=", text_vocab, ")")
+      .rule(banned_id >= -1 && banned_id < text_vocab, "banned_id", banned_id,
+            "must be -1 (none) or a text id below text_vocab=", text_vocab)
+      .rule(vocab <= std::numeric_limits<int32_t>::max(), "head", vocab,
+            "must have VT < 2^31 rows");
 }
 
 void check_sizes(Check& check, int64_t d_model, int64_t num_heads, int64_t num_layers,
                  int64_t ffn) {
   const auto at_least_one = [&check](int64_t value, const char* name) {
-    check.rule(value >= 1, name, "must be at least 1", std::to_string(value));
+    check.rule(value >= 1, name, value, "must be at least 1");
   };
   at_least_one(d_model, "d_model");
   at_least_one(num_heads, "num_heads");
   at_least_one(num_layers, "num_layers");
   at_least_one(ffn, "ffn");
-  check.rule(d_model % num_heads == 0, "num_heads",
-             "must divide d_model=" + std::to_string(d_model), std::to_string(num_heads));
+  check.rule(d_model % num_heads == 0, "num_heads", num_heads, "must divide d_model=", d_model);
 }
 
 std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weights,
@@ -143,7 +139,7 @@ std::tuple<Tensor, Tensor> block_decode(const Tensor& hidden, const Tensor& weig
   check_ids(check, check["VT"], num_codes, text_vocab, block_end, banned_id);
   check_sizes(check, d_model, num_heads, num_layers, ffn);
   const int64_t batch = check["B"], wide = check["D"];
-  check.rule(wide >= 1, "hidden", "must have D >= 1", shape_text(hidden));
+  check.rule(wide >= 1, "hidden", hidden, "must have D >= 1");
   const BlockDecoderLayout layout = packed_layout(d_model, num_layers, ffn, wide, num_codes + 1);
   check.shape(weights, "weights", {Dim("packed", layout.size)})
       .storage(weights, "weights")

@@ -18,7 +18,7 @@ void fail(const std::string& op, const std::string& message) {
   throw std::runtime_error(op + ": " + message);
 }
 
-std::string shape_text(const Tensor& tensor) {
+std::string words(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i) {
     if (i > 0) text += ", ";
@@ -27,7 +27,7 @@ std::string shape_text(const Tensor& tensor) {
   return text + "]";
 }
 
-const char* dtype_text(ScalarType dtype) {
+std::string words(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
       return "float32";
@@ -90,7 +90,7 @@ Check& Check::shape(const Tensor& tensor, const char* name, std::initializer_lis
     fits = known == nullptr || *known == size;
     if (find(dim.name) == nullptr && !dim.name.empty()) fresh.emplace_back(dim.name, size);
   }
-  if (!fits) rule(false, name, "must have shape " + wanted_text(dims), shape_text(tensor));
+  if (!fits) rule(false, name, tensor, "must have shape ", wanted_text(dims));
   bound_.insert(bound_.end(), fresh.begin(), fresh.end());
   return device(tensor, name);
 }
@@ -98,14 +98,14 @@ Check& Check::shape(const Tensor& tensor, const char* name, std::initializer_lis
 Check& Check::dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
   const ScalarType got = tensor.scalar_type();
   if (got == wanted) return *this;
-  return rule(false, name, std::string("must be ") + dtype_text(wanted), dtype_text(got));
+  return rule(false, name, got, "must be ", wanted);
 }
 
 Check& Check::storage(const Tensor& tensor, const char* name) {
   const ScalarType got = tensor.scalar_type();
   if (!storage_scalar_) {
     rule(got == ScalarType::Float || got == ScalarType::BFloat16 || got == ScalarType::Half, name,
-         "must be float32, bfloat16 or float16", dtype_text(got));
+         got, "must be float32, bfloat16 or float16");
     storage_scalar_ = got;
     storage_owner_ = name;
     storage_type_ = got == ScalarType::Float      ? DType::kFloat32
@@ -113,9 +113,7 @@ Check& Check::storage(const Tensor& tensor, const char* name) {
                                                   : DType::kFloat16;
   }
   if (got == *storage_scalar_) return *this;
-  return rule(false, name,
-              std::string("must be ") + dtype_text(*storage_scalar_) + " like " + storage_owner_,
-              dtype_text(got));
+  return rule(false, name, got, "must be ", *storage_scalar_, " like ", storage_owner_);
 }
 
 Check& Check::device(const Tensor& tensor, const char* name) {
@@ -125,21 +123,14 @@ Check& Check::device(const Tensor& tensor, const char* name) {
     device_owner_ = name;
   }
   if (got == *device_) return *this;
-  return rule(false, name, "must be on " + device_text(*device_) + " like " + device_owner_,
-              device_text(got));
+  return rule(false, name, device_text(got), "must be on ", device_text(*device_), " like ",
+              device_owner_);
 }
 
 Check& Check::contiguous(const Tensor& tensor, const char* name) {
   if (tensor.is_contiguous()) return *this;
-  return rule(false, name,
-              "must be contiguous, it is used without a copy (call .contiguous() first)",
-              "a strided view");
-}
-
-Check& Check::rule(bool holds, const char* name, const std::string& wanted,
-                   const std::string& got) {
-  if (!holds) fail(op_, std::string(name) + " " + wanted + ", got " + got);
-  return *this;
+  return rule(false, name, "a strided view",
+              "must be contiguous, it is used without a copy (call .contiguous() first)");
 }
 
 }  // namespace kelix

@@ -32,8 +32,11 @@ struct Dim {
 // Throws std::runtime_error(op + ": " + message); torch raises it as RuntimeError.
 [[noreturn]] void fail(const std::string& op, const std::string& message);
 
-std::string shape_text(const Tensor& tensor);
-const char* dtype_text(ScalarType dtype);
+// What errors are made of; of a tensor its shape.
+inline std::string words(const std::string& text) { return text; }
+inline std::string words(int64_t number) { return std::to_string(number); }
+std::string words(ScalarType dtype);
+std::string words(const Tensor& tensor);
 
 // The checks of one call. Dimension names are bound by the first tensor that uses them. What holds
 // costs no string: a small kernel takes less time than a few allocations.
@@ -50,7 +53,11 @@ class Check {
   Check& device(const Tensor& tensor, const char* name);
   Check& contiguous(const Tensor& tensor, const char* name);
   // Any other rule: "<op>: <name> <wanted>, got <got>".
-  Check& rule(bool holds, const char* name, const std::string& wanted, const std::string& got);
+  template <class Got, class... Wanted>
+  Check& rule(bool holds, const char* name, const Got& got, const Wanted&... wanted) {
+    if (!holds) fail(op_, std::string(name) + " " + (words(wanted) + ...) + ", got " + words(got));
+    return *this;
+  }
 
   int64_t operator[](std::string_view name) const;
   DType storage_type() const { return storage_type_; }

@@ -29,8 +29,8 @@ void check_books(Check& check, const Tensor& z, const Tensor& codebooks, const T
       .storage(z, "z")
       .storage(codebooks, "codebooks")
       .dtype(norms, "norms", ScalarType::Float)
-      .rule(check["K"] > 0 && check["K"] <= INT32_MAX, "codebooks",
-            "must have 1 to 2^31 - 1 codes per book", shape_text(codebooks));
+      .rule(check["K"] > 0 && check["K"] <= INT32_MAX, "codebooks", codebooks,
+            "must have 1 to 2^31 - 1 codes per book");
 }
 
 Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& norms,
@@ -39,7 +39,7 @@ Tensor nearest_codes(const Tensor& z, const Tensor& codebooks, const Tensor& nor
   Check check("nearest_codes");
   check_books(check, z, codebooks, norms);
   check.rule(ln_weight.has_value() == ln_bias.has_value(), "ln_weight and ln_bias",
-             "must both be given or both be None", ln_weight ? "ln_weight only" : "ln_bias only");
+             ln_weight ? "ln_weight only" : "ln_bias only", "must both be given or both be None");
   if (ln_weight) check.shape(*ln_weight, "ln_weight", {"N", "d"}).storage(*ln_weight, "ln_weight");
   if (ln_bias) check.shape(*ln_bias, "ln_bias", {"N", "d"}).storage(*ln_bias, "ln_bias");
   const Tensor input = dense(z);
@@ -96,12 +96,11 @@ Tensor nearest_codes_cutlass(const Tensor& z, const Tensor& codebooks, const Ten
         .dtype(*token_norms, "token_norms", ScalarType::Float);
   }
   check
-      .rule(check.storage_type() != DType::kFloat32, "z", "must be bfloat16 or float16",
-            dtype_text(z.scalar_type()))
-      .rule(check["d"] > 0 && check["d"] % 8 == 0, "z", "must have a d that is a multiple of 8",
-            shape_text(z))
-      .rule(check["T"] <= INT32_MAX, "z", "must have fewer than 2^31 tokens", shape_text(z))
-      .rule(uses_cuda(z), "z", "must be on a GPU (nearest_codes runs everywhere)", "a CPU tensor");
+      .rule(check.storage_type() != DType::kFloat32, "z", z.scalar_type(),
+            "must be bfloat16 or float16")
+      .rule(check["d"] > 0 && check["d"] % 8 == 0, "z", z, "must have a d that is a multiple of 8")
+      .rule(check["T"] <= INT32_MAX, "z", z, "must have fewer than 2^31 tokens")
+      .rule(uses_cuda(z), "z", "a CPU tensor", "must be on a GPU (nearest_codes runs everywhere)");
   const Tensor input = aligned(z);
   const Tensor books = aligned(codebooks);
   const Tensor squares = dense(norms);
@@ -132,9 +131,8 @@ void check_ids(Check& check, const BlockEmbedArgs& args) {
     for (int64_t slot = 0; slot < std::min(last, args.slots - 1); ++slot) {
       if (ids[slot] == args.block_end) break;
       if (ids[slot] < 0 || ids[slot] >= args.vocab) {
-        check.rule(false, "ids",
-                   "must be rows of table, 0 <= id < VT=" + std::to_string(args.vocab),
-                   std::to_string(ids[slot]) + " in row " + std::to_string(row));
+        check.rule(false, "ids", std::to_string(ids[slot]) + " in row " + std::to_string(row),
+                   "must be rows of table, 0 <= id < VT=", args.vocab);
       }
     }
   }
@@ -146,7 +144,7 @@ Tensor block_embed(const Tensor& ids, const Tensor& table, int64_t text_vocab, i
       .shape(table, "table", {"VT", "D"})
       .dtype(ids, "ids", ScalarType::Long)
       .storage(table, "table")
-      .rule(check["N+1"] > 0, "ids", "must have at least one column", shape_text(ids));
+      .rule(check["N+1"] > 0, "ids", ids, "must have at least one column");
   const Tensor rows = dense(ids);
   const Tensor embeddings = dense(table);
   Tensor y = new_tensor({check["P"], check["D"]}, table.scalar_type(), embeddings);

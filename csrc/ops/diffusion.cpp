@@ -74,16 +74,13 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
                              double eps) {
   Check check("relu_linear_attention");
   check.shape(qkv, "qkv", {"B", "N", "3C"}).storage(qkv, "qkv");
-  check.rule(check["3C"] % 3 == 0, "qkv", "must hold q, k and v in its last dimension",
-             shape_text(qkv));
+  check.rule(check["3C"] % 3 == 0, "qkv", qkv, "must hold q, k and v in its last dimension");
   const int64_t cols = check["3C"] / 3;
-  check
-      .rule(head_dim > 0 && cols % head_dim == 0, "head_dim",
-            "must divide C=" + std::to_string(cols), std::to_string(head_dim))
-      .rule(head_dim <= kMaxLinearHeadDim, "head_dim",
-            "must be at most " + std::to_string(kMaxLinearHeadDim), std::to_string(head_dim))
+  check.rule(head_dim > 0 && cols % head_dim == 0, "head_dim", head_dim, "must divide C=", cols)
+      .rule(head_dim <= kMaxLinearHeadDim, "head_dim", head_dim, "must be at most ",
+            kMaxLinearHeadDim)
       .rule(q_norm.has_value() == k_norm.has_value(), "q_norm and k_norm",
-            "must both be given or both be None", q_norm ? "q_norm only" : "k_norm only");
+            q_norm ? "q_norm only" : "k_norm only", "must both be given or both be None");
   if (q_norm) {
     check.shape(*q_norm, "q_norm", {{"C", cols}})
         .shape(*k_norm, "k_norm", {{"C", cols}})
@@ -129,8 +126,7 @@ Tensor relu_linear_attention(const Tensor& qkv, const std::optional<Tensor>& q_n
 }
 
 Activation activation(Check& check, const char* name, int64_t code) {
-  check.rule(code >= 0 && code <= 2, name, "must be 0 (none), 1 (SiLU) or 2 (GELU)",
-             std::to_string(code));
+  check.rule(code >= 0 && code <= 2, name, code, "must be 0 (none), 1 (SiLU) or 2 (GELU)");
   return static_cast<Activation>(code);
 }
 
@@ -143,8 +139,7 @@ Tensor depthwise_glu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
       .storage(x, "x")
       .storage(weight, "weight")
       .storage(bias, "bias")
-      .rule(check["2M"] % 2 == 0, "x", "must have an even last dimension (value | gate)",
-            shape_text(x));
+      .rule(check["2M"] % 2 == 0, "x", x, "must have an even last dimension (value | gate)");
   const Tensor input = dense(x);
   const Tensor weights = dense(weight);
   const Tensor biases = dense(bias);
@@ -180,22 +175,22 @@ Tensor depthwise_glu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 void euler_step(Tensor latent, const Tensor& velocity, const std::optional<Tensor>& uncond,
                 const Tensor& dt, const std::optional<Tensor>& guidance) {
   Check check("euler_step");
-  check.rule(latent.dim() > 0, "latent", "must have a batch dimension", shape_text(latent))
+  check.rule(latent.dim() > 0, "latent", latent, "must have a batch dimension")
       .device(latent, "latent")
       .dtype(latent, "latent", ScalarType::Float)
       .contiguous(latent, "latent")
-      .rule(velocity.sizes().equals(latent.sizes()), "velocity",
-            "must have the shape of latent " + shape_text(latent), shape_text(velocity))
+      .rule(velocity.sizes().equals(latent.sizes()), "velocity", velocity,
+            "must have the shape of latent ", latent)
       .device(velocity, "velocity")
       .storage(velocity, "velocity")
       .shape(dt, "dt", {{"B", latent.size(0)}})
       .dtype(dt, "dt", ScalarType::Float)
       .rule(uncond.has_value() == guidance.has_value(), "uncond and guidance",
-            "must both be given or both be None", uncond ? "uncond only" : "guidance only");
+            uncond ? "uncond only" : "guidance only", "must both be given or both be None");
   if (uncond) {
     check
-        .rule(uncond->sizes().equals(latent.sizes()), "uncond",
-              "must have the shape of latent " + shape_text(latent), shape_text(*uncond))
+        .rule(uncond->sizes().equals(latent.sizes()), "uncond", *uncond,
+              "must have the shape of latent ", latent)
         .device(*uncond, "uncond")
         .storage(*uncond, "uncond")
         .shape(*guidance, "guidance", {{"B", latent.size(0)}})

@@ -28,8 +28,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
       .dtype(x, "x", ScalarType::Float)
       .dtype(grad, "grad", ScalarType::Float);
   const int64_t rows = check["rows"];
-  check.rule(group > 0 && rows % group == 0, "group", "must divide the rows of x",
-             std::to_string(group));
+  check.rule(group > 0 && rows % group == 0, "group", group, "must divide the rows of x");
   if (gain) {
     check.shape(*gain, "gain", {{"groups", rows / group}, "D"})
         .dtype(*gain, "gain", ScalarType::Float);
@@ -59,7 +58,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
 Tensor silu_mul_backward(const Tensor& grad, const Tensor& x) {
   Check check("silu_mul_backward");
   check.shape(x, "x", {"rows", "2F"})
-      .rule(check["2F"] % 2 == 0, "x", "must have an even last dimension", shape_text(x))
+      .rule(check["2F"] % 2 == 0, "x", x, "must have an even last dimension")
       .shape(grad, "grad", {"rows", {"F", check["2F"] / 2}})
       .dtype(x, "x", ScalarType::Float)
       .dtype(grad, "grad", ScalarType::Float);
@@ -79,8 +78,7 @@ Tensor relu_linear_attention_backward(const Tensor& grad, const Tensor& qkv, int
       .shape(qkv, "qkv", {"B", "N", {"3C", 3 * check["C"]}})
       .dtype(grad, "grad", ScalarType::Float)
       .dtype(qkv, "qkv", ScalarType::Float)
-      .rule(head_dim > 0 && check["C"] % head_dim == 0, "head_dim", "must divide C",
-            std::to_string(head_dim));
+      .rule(head_dim > 0 && check["C"] % head_dim == 0, "head_dim", head_dim, "must divide C");
   const Tensor input = dense(qkv);
   const Tensor upstream = dense(grad);
   Tensor dqkv = new_like(input);

@@ -34,7 +34,7 @@ int32_t aoti_dtype(ScalarType dtype) {
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
     default:
-      fail("new_tensor", std::string("no operator returns ") + dtype_text(dtype));
+      fail("new_tensor", "no operator returns " + words(dtype));
   }
 }
 
@@ -77,10 +77,8 @@ ParallelFor torch_parallel_for() {
   });
 }
 
-bool torch_has_cuda() { return stream_getter() != nullptr; }
-
 void* current_stream(const Tensor& tensor) {
-  if (!torch_has_cuda()) fail("kelix_rt", "this torch was built without CUDA");
+  if (stream_getter() == nullptr) fail("kelix_rt", "this torch was built without CUDA");
   void* stream = nullptr;
   if (stream_getter()(tensor.get_device_index(), &stream) != 0) {
     fail("kelix_rt", "torch did not give its current CUDA stream");

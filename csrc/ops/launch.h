@@ -45,9 +45,6 @@ void run_parallel(int64_t size, int64_t grain, Kernel kernel, const Args& args) 
 // PyTorch's current stream of the device the tensor is on; an error where this torch has no CUDA.
 void* current_stream(const Tensor& tensor);
 
-// Whether libtorch_cuda is loaded in this process.
-bool torch_has_cuda();
-
 // Throws when a launcher returned an error text.
 void check_launch(const char* op, const char* error);
 

@@ -9,14 +9,15 @@
 namespace kelix {
 namespace {
 
+// Of a GPU.
 constexpr int64_t kMaxRows = 4 * 65535;  // tiles of four rows in the second dimension of a grid
 constexpr int64_t kMaxInt8Outputs = 16 * 65535;  // as many as CTAs there times outputs of one
 
 // `scale` [O] of an int8 weight, or none.
 Tensor multiply(const char* op, Check& check, const Tensor& x, const Tensor& weight,
                 const std::optional<Tensor>& scale) {
-  check.rule(check["T"] <= kMaxRows, "x", "must have at most 262,140 rows; use torch's linear",
-             shape_text(x));
+  check.rule(!uses_cuda(x) || check["T"] <= kMaxRows, "x", x,
+             "must have at most 262,140 rows; use torch's linear");
   const Tensor input = dense(x), matrix = dense(weight);
   const std::optional<Tensor> factors = dense(scale);
   Tensor y = new_tensor({check["T"], check["O"]}, input.scalar_type(), input);
@@ -47,8 +48,8 @@ Tensor skinny_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& s
   check.shape(x, "x", {"T", "I"}).shape(weight, "weight", {"O", "I"}).shape(scale, "scale", {"O"});
   check.storage(x, "x").dtype(weight, "weight", ScalarType::Char);
   check.dtype(scale, "scale", ScalarType::Float);
-  check.rule(check["O"] <= kMaxInt8Outputs, "weight",
-             "must have at most 1,048,560 rows; multiply it in parts", shape_text(weight));
+  check.rule(!uses_cuda(x) || check["O"] <= kMaxInt8Outputs, "weight", weight,
+             "must have at most 1,048,560 rows; multiply it in parts");
   return multiply("skinny_linear_int8", check, x, weight, scale);
 }
 

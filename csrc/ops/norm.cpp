@@ -52,8 +52,8 @@ Tensor add_rms_norm(Tensor residual, const Tensor& x, const Tensor& weight, doub
       .storage(x, "x")
       .storage(weight, "weight")
       .contiguous(residual, "residual")
-      .rule(x.sizes().equals(residual.sizes()), "x",
-            "must have the shape of residual " + shape_text(residual), shape_text(x));
+      .rule(x.sizes().equals(residual.sizes()), "x", x, "must have the shape of residual ",
+            residual);
   return run_rms_norm("add_rms_norm", x, residual, weight, eps);
 }
 

@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor> sample_blocks(const Tensor& logits, const Tensor& par
       .shape(slots, "slots", {"R"})
       .dtype(slots, "slots", ScalarType::Long);
   const int64_t rows = check["R"], cols = check["W"];
-  check.rule(cols > 0 || rows == 0, "logits", "must have at least one column", shape_text(logits))
+  check.rule(cols > 0 || rows == 0, "logits", logits, "must have at least one column")
       .rule(first_id >= 0 && first_id <= std::numeric_limits<int32_t>::max() - cols, "first_id",
-            "must be >= 0, and first_id + W < 2^31", std::to_string(first_id));
+            first_id, "must be >= 0, and first_id + W < 2^31");
   const Tensor input = dense(logits), rules = dense(params), seed = dense(seeds);
   const Tensor step = dense(steps), slot = dense(slots);
   Tensor ids = new_tensor({rows}, ScalarType::Long, input);

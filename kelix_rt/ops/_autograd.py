@@ -51,11 +51,12 @@ def differentiate(
             for i, own in enumerate(native(grad, *inputs)):
                 grads[i] = own if ctx.needs_input_grad[i] else None
             return tuple(grads)
-        with torch.enable_grad():
+        # Of the operator's own precision, also where backward is called inside an autocast block.
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             for i in wanted:
                 inputs[i] = inputs[i].detach().requires_grad_()
             output = reference(*inputs)
-        found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad)
+            found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad)
         for i, own in zip(wanted, found, strict=True):
             grads[i] = own
         return tuple(grads)

@@ -299,13 +299,24 @@ def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
         assert_as_accurate_as_torch(ops.rope_store_kv(**rope), want, exact)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_heads(dtype: torch.dtype, device: str) -> None:
+    arguments = attention_arguments(SHAPES[0], [(21, 2)], dtype, device)
+    none = arguments["q"][:, :0]
+    assert ops.paged_attention(**{**arguments, "q": none}).shape == none.shape
+
+
 def test_errors_name_the_rule() -> None:
     base = attention_arguments(Shape(4, 2, 16, 16), [(21, 2)], torch.float32, "cpu")
     bad: list[tuple[dict[str, Any], str]] = [
         ({"q": randn(2, 5, 16)}, r"q must have a number of heads that KV=2 divides, got \[2, 5"),
         ({"context_lens": torch.tensor([99], dtype=torch.int32)}, "fit its page table of 3 pages"),
         ({"context_lens": torch.tensor([1], dtype=torch.int32)}, "cover the request's 2 rows"),
-        ({"query_start": torch.tensor([0, 3], dtype=torch.int32)}, "at most T=2, got 0, 3"),
+        (
+            {"query_start": torch.tensor([0, 3], dtype=torch.int32)},
+            "most T=2, here from 0, got 3",
+        ),
         ({"page_table": base["page_table"].long()}, "page_table must be int32, got int64"),
         ({"page_table": torch.full_like(base["page_table"], 99)}, r"must lie in \[0, 5\), got 99"),
         ({"k_cache": base["k_cache"].transpose(1, 2)}, "k_cache must be contiguous|v_cache must"),

@@ -195,6 +195,14 @@ def test_nothing_has_a_gradient_of_nothing() -> None:
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_gradients_have_the_precision_of_the_operator_under_autocast() -> None:
+    x, weight, grad = randn(3, 64), randn(5, 64, seed=1), randn(3, 5, seed=2)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (ops.skinny_linear(x, weight) * grad).sum().backward()
+    torch.testing.assert_close(x.grad, grad @ weight)
+
+
 def test_a_table_is_not_copied_under_autocast() -> None:
     table = randn(10, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

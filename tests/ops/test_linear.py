@@ -35,6 +35,15 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         assert torch.equal(ops.skinny_linear(x[row : row + 1], weight)[0], whole[row])
 
 
+def test_any_number_of_threads_and_rows() -> None:
+    """The limits are those of a GPU's grids."""
+    x, weight = randn(4 * 65535 + 1, 2), randn(1, 2, seed=1)
+    torch.testing.assert_close(ops.skinny_linear(x, weight), x @ weight.T)
+    weight, scale = quantize_int8(randn(16 * 65535 + 1, 2, seed=1))
+    got = ops.skinny_linear_int8(x[:1], weight, scale)
+    torch.testing.assert_close(got, x[:1] @ dequantize_int8(weight, scale, torch.float32).T)
+
+
 def test_nan_and_infinity_stay_in_their_row() -> None:
     x, weight = randn(3, 40), randn(5, 40, seed=1)
     x[1, 7] = torch.nan

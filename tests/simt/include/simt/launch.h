@@ -49,12 +49,13 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                simt::Residency::kSequential, [&] { kernel(arguments...); });
 }
 
-// The CTAs may wait for each other.
+// The CTAs may wait for each other. All of them fit.
 template <class... Parameters, class... Arguments>
-void launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+bool launch_kernel_together(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                             size_t dynamic_shared, cudaStream_t, const Arguments&... arguments) {
   simt::launch(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared,
                simt::Residency::kTogether, [&] { kernel(arguments...); });
+  return true;
 }
 
 }  // namespace kelix
