@@ -5,23 +5,43 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from kelix_rt.errors import KelixError
 from kelix_rt.loop import Loop
 from kelix_rt.request import Event, RequestDone, RequestFailed
 
+if TYPE_CHECKING:
+    from kelix_rt.runner import Runner
+    from kelix_rt.scheduler import Scheduler
+
 
 class Calls(Loop):
     """A loop whose callers may wait for some of its requests."""
 
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        super().__init__(runner, scheduler)
+        self._left: deque[int] = deque()  # to be aborted, by callers that were not let in
+
     def discard(self, request_ids: Items[int]) -> None:
-        """Aborts those of the requests that run, and drops the events nobody will read."""
+        """Aborts those of the requests that run, and drops the events nobody will read. While
+        another thread is inside that is left to its next step."""
         for number in request_ids:
             self._mail[number] = deque()
-            try:
-                self.abort(number)
-            finally:
-                del self._mail[number]
+            self._left.append(number)
+        with suppress(KelixError), self._one_thread:
+            self._abort_left()
+
+    def _run_step(self) -> bool:
+        self._abort_left()
+        return super()._run_step()
+
+    def _abort_left(self) -> None:
+        while self._left:
+            number = self._left.popleft()
+            self.abort(number)
+            self._mail.pop(number, None)
 
     def collect(self, request_id: int) -> Iterator[Event]:
         """The events of one request until its last one, running steps as needed; those of steps

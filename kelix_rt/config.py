@@ -122,12 +122,13 @@ class EngineConfig(JsonConfig):
     names, "" = no markers. speculate_markers: guess the next marker inside a generated image and
     let the model check it in one step; changes no output. Off with verify_head, which counts what
     was generated. seed: base of the requests' seeds.
-    trust_remote_code: allow the checkpoint's own processor code. allow_files: False refuses local
+    trust_remote_code: allow the checkpoint's own tokenizer code. allow_files: False refuses local
     paths as images of messages, for those that come from strangers. drawing: False leaves the image
     DiT and its autoencoder out. max_condition_length: blocks an image is drawn from.
     max_drawn_pixels: of one drawing. condition_on_special_tokens: draw from the states of
     vision_start, markers and vision_end too, as the DiT was trained, or else of the codes alone.
-    codes_mode: "reference" repeats the release's bfloat16 roundings.
+    codes_mode: "reference" repeats the bfloat16 roundings of the release, whose language model was
+    trained on the codes that they give; "exact" leaves them out. Equal in float32.
     cuda_graphs: record decode and denoise steps at start-up and launch each as one CUDA graph;
     has no effect without a GPU. overlap: launch a block step before the blocks of the one in front
     are read, where they cannot change its plan, so the host works while the GPU does; changes no
@@ -155,7 +156,7 @@ class EngineConfig(JsonConfig):
     max_condition_length: int = 720
     max_drawn_pixels: int = 2048 * 2048
     condition_on_special_tokens: bool = True
-    codes_mode: Literal["exact", "reference"] = "exact"
+    codes_mode: Literal["reference", "exact"] = "reference"
     cuda_graphs: bool = True
     overlap: bool = True
     quantization: Quantization = None
@@ -173,7 +174,7 @@ class EngineConfig(JsonConfig):
         self.require(0 < fraction <= 1, "kv_memory_fraction", "be above 0 and at most 1")
         choices = {
             "kv_dtype": ("auto", "fp8"),
-            "codes_mode": ("exact", "reference"),
+            "codes_mode": ("reference", "exact"),
             "quantization": (None, "int8"),
         }
         for name, values in choices.items():

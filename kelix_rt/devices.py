@@ -20,8 +20,10 @@ def choose_device(device: str | torch.device, *, kernels: bool = True) -> torch.
     else:
         try:
             chosen = torch.device(device)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ConfigError(f"device: {device!r} is not a device: {error}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be a CPU or a CUDA GPU, got {device!r}")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device: {device!r} needs a GPU and a torch built for it; use 'cpu'")

@@ -133,7 +133,10 @@ class Engine(LoadedEngine):
         """The prompt `chat` runs, for add_request and stream."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        encoded = self.processor.encode(messages, **(template_options or {}))
+        options = {} if template_options is None else template_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise InputError(f"template_options must be a mapping of names, got {options!r}")
+        encoded = self.processor.encode(messages, **options)
         if not encoded.images:
             return Prompt(encoded.ids)
         pixels, grids = zip(*encoded.images, strict=True)
@@ -213,6 +216,8 @@ class Engine(LoadedEngine):
         Position markers stand in front of its rows where prompts and drawings have them. Raises
         what add_request raises.
         """
+        if not isinstance(image, ImageCodes):
+            raise InputError(f"add_reconstruction: image must be ImageCodes, got {type(image)}")
         template = self._marker_template
         layout = self.processor.image_ids(image.grid) if template else None
         start = self.runner.vision_start
@@ -230,6 +235,8 @@ class Engine(LoadedEngine):
         """
         if not isinstance(prompts, list | tuple):
             raise InputError(f"generate: prompts must be a list, got a {type(prompts).__name__}")
+        if self.has_text:
+            _ = self.text  # one that cannot be read costs no answers
         numbers: list[int] = []
         try:
             for prompt in prompts:

@@ -78,6 +78,9 @@ def patch_tensors(prompt: Prompt) -> Prompt:
             given[name] = value.detach().clone()
         elif value is not None:
             raise InputError(f"{name} must be a tensor or an array, got {type(value).__name__}")
+    grid = given.get("image_grid_thw")
+    if grid is not None and not grid.is_floating_point():
+        given["image_grid_thw"] = grid.long()  # products of 8 bits would overflow
     return replace(prompt, **given) if given else prompt
 
 

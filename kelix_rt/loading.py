@@ -119,7 +119,7 @@ def find_drawing(
 
     A given directory without a config of its own may be a whole pipeline with such a subfolder.
     wanted: False looks for none. Raises ConfigError where a given one holds neither or is not
-    wanted, or only one of the two is found.
+    wanted, or is given and the other not found.
     """
     if not wanted:
         if dit is not None or vae is not None:
@@ -130,6 +130,8 @@ def find_drawing(
         return dit_path, vae_path
     if dit_path is None and vae_path is None:
         return None
+    if dit is None and vae is None:
+        return None  # the release bundles a DiT, and leaves the autoencoder to another repository
     missing = "dit" if dit_path is None else "vae"
     raise ConfigError(f"drawing needs both the DiT and its VAE, but there is no {missing}=")
 

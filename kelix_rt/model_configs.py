@@ -12,6 +12,8 @@ from typing import Any
 from kelix_rt.schema import JsonConfig
 from kelix_rt.tokenizer_config import TokenizerConfig
 
+MAX_HEAD_DIM = 256  # paged_attention's
+
 
 @dataclass(frozen=True)
 class QwenConfig(JsonConfig):
@@ -70,7 +72,11 @@ class QwenConfig(JsonConfig):
             "num_heads",
             f"be divisible by num_kv_heads {self.num_kv_heads}",
         )
-        self.require(self.head_dim % 2 == 0, "head_dim", "be even (RoPE)")
+        self.require(
+            self.head_dim % 2 == 0 and self.head_dim <= MAX_HEAD_DIM,
+            "head_dim",
+            f"be even (RoPE) and at most {MAX_HEAD_DIM}",
+        )
         self.require(
             self.codebook_size % self.n_q_tokens == 0,
             "codebook_size",

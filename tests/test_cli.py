@@ -121,7 +121,7 @@ def test_chat_leaves_a_dit_beside_its_model_alone(kelix, model: Path, tmp_path: 
     (tmp_path / "model" / "dit").mkdir()  # without a VAE, no engine that draws can be made of it
     args = ["-m", tmp_path / "model", "--max-blocks", 2]
     assert kelix("chat", "Hello", *args).code == 0
-    assert "there is no vae=" in kelix("draw", "a circle", "-m", tmp_path / "model").err
+    assert "drawing needs" in kelix("draw", "a circle", "-m", tmp_path / "model").err
 
 
 @pytest.mark.parametrize(

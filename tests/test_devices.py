@@ -33,6 +33,9 @@ def test_other_dtypes_are_refused(given: str | torch.dtype) -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="'abacus' is not a device"):
         choose_device("abacus")
+    for other in ("meta", "mps"):
+        with pytest.raises(ConfigError, match=f"must be a CPU or a CUDA GPU, got '{other}'"):
+            choose_device(other)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,36 @@ def test_a_second_thread_is_told_and_harms_nobody(
     assert engine._mail == {}
 
 
+def test_a_call_that_is_not_let_in_leaves_no_request_behind(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = golden / "llm" / "tiny_a"
+    engine = load_engine(path)
+    prompt, sampling = golden_prompt(path, "gen0")[0], golden_sampling(path)
+    left = engine.stream(prompt, sampling)
+    next(left)
+    inside, told = threading.Event(), threading.Event()
+    launch = engine.runner.blocks.launch
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        assert told.wait(60)
+        return launch(*args)
+
+    monkeypatch.setattr(engine.runner.blocks, "launch", slow)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(engine.generate, [prompt], sampling)
+        assert inside.wait(60)
+        with pytest.raises(KelixError, match="another thread is inside"):
+            next(left)
+        told.set()
+        (output,) = other.result(60)
+    np.testing.assert_array_equal(output.blocks, golden_blocks(path, "gen0"))
+    assert engine.step() == []
+    assert_idle(engine)
+    assert engine._mail == {}
+
+
 def test_embedders_do_not_lose_events_to_other_calls(golden: Path) -> None:
     path = golden / "llm" / "tiny_a"
     engine = load_engine(path)

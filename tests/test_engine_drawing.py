@@ -112,7 +112,7 @@ def test_images_behind_the_cut_are_refused(engine: Engine) -> None:
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("change", ["codes", "grid", "dtype"])
+@pytest.mark.parametrize("change", ["codes", "grid", "dtype", "array", "text"])
 def test_codes_the_model_does_not_have_are_refused(golden: Path, change: str) -> None:
     engine = load_drawing(golden, position_markers="{row}")
     codes = engine.encode_image(Image.new("RGB", (84, 56)))
@@ -120,8 +120,10 @@ def test_codes_the_model_does_not_have_are_refused(golden: Path, change: str) ->
         "codes": replace(codes, codes=codes.codes + 1000),
         "grid": replace(codes, grid=(1, 2, 2)),
         "dtype": replace(codes, codes=codes.codes.float()),
+        "array": replace(codes, codes=codes.codes.numpy()),
+        "text": "codes",
     }[change]
-    with pytest.raises(InputError, match="codes"):
+    with pytest.raises(InputError, match=r"(?i)codes"):
         engine.add_reconstruction(wrong)
     assert_idle(engine)
 

@@ -88,6 +88,9 @@ def test_options_of_the_template_reach_it(engine: Engine) -> None:
     assert prompt.ids == engine.text.encode("Hello you")
     expected = engine.generate([prompt], SAMPLING)[0]
     assert engine.chat("Hello", SAMPLING, template_options=options).text == expected.text
+    for wrong in ([1], {1: 2}):
+        with pytest.raises(InputError, match="template_options must be a mapping of names"):
+            engine.chat_prompt("Hello", template_options=wrong)
 
 
 def test_messages_may_be_used_again_at_once(held: tuple[Engine, Held]) -> None:

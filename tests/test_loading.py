@@ -17,8 +17,9 @@ def test_drawing_is_found_where_it_may_lie(tmp_path: Path) -> None:
     assert find_drawing(tmp_path, None, None) is None
     assert find_drawing(None, None, None) is None
     (tmp_path / "dit").mkdir()
+    assert find_drawing(tmp_path, None, None) is None  # as the release bundles it
     with pytest.raises(ConfigError, match="there is no vae="):
-        find_drawing(tmp_path, None, None)
+        find_drawing(None, tmp_path, None)
     pipeline = tmp_path / "pipeline"
     (pipeline / "vae").mkdir(parents=True)
     assert find_drawing(tmp_path, None, pipeline) == (tmp_path / "dit", pipeline / "vae")

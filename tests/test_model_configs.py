@@ -35,6 +35,7 @@ def test_sizes_of_a_language_model(golden: Path, name: str) -> None:
         ("qwen_config.use_multimodal_rope", True, "use_multimodal_rope"),
         ("qwen_config.num_kv_heads", 3, r"qwen_config\.num_heads must be divisible"),
         ("qwen_config.head_dim", 15, "head_dim must be even"),
+        ("qwen_config.head_dim", 320, "and at most 256"),
         ("qwen_config.pre_embedding_size", 12, "pre_embedding_size"),
         ("qwen_config.image_token_id", 100000, "image_token_id must be a text id"),
         ("qwen_config.n_q_tokens", 4, r"tokenizer_config\.n_q_tokens must equal"),

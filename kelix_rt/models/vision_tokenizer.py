@@ -276,6 +276,8 @@ class VisionTokenizer(nn.Module):
 
     def _check_shape(self, codes: Tensor) -> None:
         books = self.config.n_q_tokens
+        if not isinstance(codes, Tensor):
+            raise InputError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
         if codes.ndim != 2 or codes.shape[1] != books or codes.dtype != torch.int64:
             raise InputError(
                 f"codes must be int64 of shape [tokens, {books}], got {codes.dtype} "

@@ -45,6 +45,8 @@ class PositionMarkers:
     def __post_init__(self) -> None:
         try:
             used = {name for _, name, _, _ in string.Formatter().parse(self.template)} - {None}
+            if used <= set(MARKER_FIELDS):
+                self.template.format(**dict.fromkeys(MARKER_FIELDS, 0))
         except ValueError as error:
             raise ConfigError(f"PositionMarkers: template is malformed: {error}") from error
         if not used <= set(MARKER_FIELDS):

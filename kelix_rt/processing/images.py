@@ -192,7 +192,7 @@ class ImageProcessor:
         hold in any case. Raises InputError for bad limits and aspect ratios.
         """
         low, high = self._limits(min_pixels, max_pixels)
-        height, width = (image.height, image.width) if size is None else size
+        height, width = (image.height, image.width) if size is None else _pair(size)
         if height < 1 or width < 1:
             raise InputError(f"resize: the size must be at least 1x1 pixel, got {width}x{height}")
         if size is not None:
@@ -274,6 +274,12 @@ class ImageProcessor:
         mean = np.asarray(self.image_mean, dtype=np.float32)[:, None]
         std = np.asarray(self.image_std, dtype=np.float32)[:, None]
         return (scaled - mean) / std
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(v, int) for v in size):
+        return size[0], size[1]
+    raise InputError(f"resize: size must be two integers, (height, width), got {size!r}")
 
 
 def _is_count(value: object) -> bool:

@@ -47,7 +47,7 @@ class EncodeStage:
         self,
         tokenizer: VisionTokenizer,
         text_vocab: int,
-        mode: Literal["exact", "reference"] = "exact",
+        mode: Literal["reference", "exact"] = "reference",
         cache_bytes: int = 0,
     ) -> None:
         self.tokenizer = tokenizer

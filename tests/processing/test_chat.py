@@ -110,7 +110,7 @@ def test_markers_take_as_many_positions_as_in_the_release() -> None:
     assert processor().image_ids(torch.tensor([[1, 36, 36]])) == [PAD] * 324
 
 
-@pytest.mark.parametrize("template", ["{column}", "{row", "{}"])
+@pytest.mark.parametrize("template", ["{column}", "{row", "{}", "{row:zz}", "{row!q}"])
 def test_bad_marker_templates(template: str) -> None:
     with pytest.raises(ConfigError, match="template"):
         PositionMarkers(386, 387, template)

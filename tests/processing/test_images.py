@@ -152,6 +152,9 @@ def test_limits_of_a_request() -> None:
             processor.resize(image, **limits)
     with pytest.raises(InputError, match="at least 1x1"):
         processor.resize(image, size=(0, 28))
+    for size in (56, "56", (float("nan"), 56), (1, 2, 3)):
+        with pytest.raises(InputError, match="size must be two integers"):
+            processor.resize(image, size=size)
 
 
 def test_an_image_too_long_for_the_limit_is_refused() -> None:
