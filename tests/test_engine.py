@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from kelix_rt import (
     BlockEvent,
+    Engine,
     InputError,
     KelixError,
     Prompt,
@@ -291,11 +294,9 @@ def test_events_that_wait_are_given_to_who_asks_for_them(golden: Path) -> None:
     assert_idle(engine)
 
 
-def test_a_second_thread_is_told_and_harms_nobody(
-    golden: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = golden / "llm" / "tiny_a"
-    engine = load_engine(path)
+@contextmanager
+def held_inside(engine: Engine, monkeypatch: pytest.MonkeyPatch, path: Path) -> Iterator[None]:
+    """Another thread is inside a step of the engine, whose request must come out right."""
     inside, told = threading.Event(), threading.Event()
     launch = engine.runner.blocks.launch
 
@@ -309,12 +310,24 @@ def test_a_second_thread_is_told_and_harms_nobody(
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(engine.generate, [prompt], sampling)
         assert inside.wait(60)
+        try:
+            yield
+        finally:
+            told.set()
+        (output,) = first.result(60)
+    np.testing.assert_array_equal(output.blocks, golden_blocks(path, "gen0"))
+
+
+def test_a_second_thread_is_told_and_harms_nobody(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = golden / "llm" / "tiny_a"
+    engine = load_engine(path)
+    prompt, sampling = golden_prompt(path, "gen0")[0], golden_sampling(path)
+    with held_inside(engine, monkeypatch, path):
         for call in (lambda: engine.generate([prompt], sampling), lambda: engine.abort(0)):
             with pytest.raises(KelixError, match="not thread-safe, and another thread is inside"):
                 call()
-        told.set()
-        (output,) = first.result(60)
-    np.testing.assert_array_equal(output.blocks, golden_blocks(path, "gen0"))
     assert_idle(engine)
     assert engine._mail == {}
 
@@ -324,26 +337,13 @@ def test_a_call_that_is_not_let_in_leaves_no_request_behind(
 ) -> None:
     path = golden / "llm" / "tiny_a"
     engine = load_engine(path)
-    prompt, sampling = golden_prompt(path, "gen0")[0], golden_sampling(path)
-    left = engine.stream(prompt, sampling)
+    left = engine.stream(golden_prompt(path, "gen0")[0], golden_sampling(path))
     next(left)
-    inside, told = threading.Event(), threading.Event()
-    launch = engine.runner.blocks.launch
-
-    def slow(*args: Any) -> Any:
-        inside.set()
-        assert told.wait(60)
-        return launch(*args)
-
-    monkeypatch.setattr(engine.runner.blocks, "launch", slow)
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(engine.generate, [prompt], sampling)
-        assert inside.wait(60)
-        with pytest.raises(KelixError, match="another thread is inside"):
-            next(left)
-        told.set()
-        (output,) = other.result(60)
-    np.testing.assert_array_equal(output.blocks, golden_blocks(path, "gen0"))
+    with (
+        held_inside(engine, monkeypatch, path),
+        pytest.raises(KelixError, match="another thread is inside"),
+    ):
+        next(left)
     assert engine.step() == []
     assert_idle(engine)
     assert engine._mail == {}
