@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,8 @@ class ImageProcessor:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(v, int) for v in size):
-        return size[0], size[1]
+    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(v, Integral) for v in size):
+        return int(size[0]), int(size[1])
     raise InputError(f"resize: size must be two integers, (height, width), got {size!r}")
 
 
