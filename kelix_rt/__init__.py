@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kelix_rt.engine import Engine
     from kelix_rt.errors import (
         AsleepError,
+        BusyError,
         CapacityError,
         ConfigError,
         InputError,
@@ -44,8 +45,8 @@ _MODULES = {
     "kelix_rt.config": ("EngineConfig",),
     "kelix_rt.engine": ("Engine",),
     "kelix_rt.errors": (
-        "AsleepError", "CapacityError", "ConfigError", "InputError", "KelixError", "NativeError",
-        "WeightError",
+        "AsleepError", "BusyError", "CapacityError", "ConfigError", "InputError", "KelixError",
+        "NativeError", "WeightError",
     ),
     "kelix_rt.request": (
         "BlockEvent", "BlockOutput", "ChatOutput", "ImageCodes", "ImageDone", "ImageOutput",
@@ -56,10 +57,11 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "AsleepError", "BlockEvent", "BlockOutput", "CapacityError", "ChatOutput", "ConfigError",
-    "Engine", "EngineConfig", "ImageCodes", "ImageDone", "ImageOutput", "ImageProgress",
-    "InputError", "KelixError", "NativeError", "Output", "Prompt", "RenderParams", "RequestDone",
-    "RequestFailed", "SamplingParams", "SlotSampling", "TextDelta", "WeightError", "__version__",
+    "AsleepError", "BlockEvent", "BlockOutput", "BusyError", "CapacityError", "ChatOutput",
+    "ConfigError", "Engine", "EngineConfig", "ImageCodes", "ImageDone", "ImageOutput",
+    "ImageProgress", "InputError", "KelixError", "NativeError", "Output", "Prompt", "RenderParams",
+    "RequestDone", "RequestFailed", "SamplingParams", "SlotSampling", "TextDelta", "WeightError",
+    "__version__",
 ]  # fmt: skip
 
 

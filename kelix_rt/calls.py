@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from kelix_rt.errors import KelixError
+from kelix_rt.errors import BusyError, KelixError
 from kelix_rt.loop import Loop
 from kelix_rt.request import Event, RequestDone, RequestFailed
 
@@ -30,7 +30,7 @@ class Calls(Loop):
         for number in request_ids:
             self._mail[number] = deque()
             self._left.append(number)
-        with suppress(KelixError), self._one_thread:
+        with suppress(BusyError), self._one_thread:
             self._abort_left()
 
     def _run_step(self) -> bool:

@@ -32,6 +32,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.model")
+_KINDS = ("json", "safetensors")
+_HUB_TOP = ("config.json", *(f"{stem}*.{kind}" for stem in _STEMS for kind in _KINDS))
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -152,12 +154,13 @@ def _check_numbering(path: Path, stem: str, shards: Sequence[Path]) -> None:
         raise WeightError(f"{path}: shards are incomplete: {[shard.name for shard in shards]}")
 
 
-def resolve(model: str | Path, progress: bool = True) -> Path:
+def resolve(model: str | Path, progress: bool = True, part: str | None = None) -> Path:
     """The local directory of `model`, absolute: the string "kelix-tiny", which ships with the
     package, a path, or a Hugging Face hub id, which is downloaded.
 
-    progress: show huggingface_hub's own progress bars. Raises WeightError when it is none of them,
-    or when the download fails.
+    progress: show huggingface_hub's own progress bars. part: of a hub id download only the model
+    at its top and this subfolder, where it is a whole pipeline. Raises WeightError when it is none
+    of them, or when the download fails.
     """
     own = bundled(model)
     if own is not None:
@@ -177,8 +180,11 @@ def resolve(model: str | Path, progress: bool = True) -> Path:
             super().__init__(*args, **{**kwargs, "disable": True})
 
     bar = None if progress else Quiet
+    wanted = list(_HUB_FILES)
+    if part is not None:  # "*" alone takes in subfolders
+        wanted = [*_HUB_TOP, *(f"{part}/*.{kind}" for kind in _KINDS)]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(_HUB_FILES), tqdm_class=bar))
+        return Path(snapshot_download(str(model), allow_patterns=wanted, tqdm_class=bar))
     except Exception as error:  # the hub client raises many unrelated types
         raise WeightError(f"{model}: download from the hub failed: {error}") from error
 

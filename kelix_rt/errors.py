@@ -27,5 +27,9 @@ class AsleepError(KelixError, RuntimeError):
     """The engine gave its memory back; `Engine.wake` takes it again."""
 
 
+class BusyError(KelixError, RuntimeError):
+    """Another thread is inside the engine; nothing was changed."""
+
+
 class NativeError(KelixError, RuntimeError):
     """The native library is absent, or was built without what the call needs."""

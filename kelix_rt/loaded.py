@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 class _Source:
     """What an engine was loaded with, to do it again."""
 
-    dit: str | Path | None
-    vae: str | Path | None
+    drawing: tuple[Path, Path] | None
     device: torch.device
     dtype: torch.dtype
     options: dict[str, Any]
@@ -71,7 +70,7 @@ class LoadedEngine(EngineCore):
         parts = load_parts(model, dit, vae, device, dtype, options, on_tensor)
         engine = cls(parts.runner, parts.scheduler, parts.options, parts.max_positions)
         engine.directory = parts.directory
-        engine._source = _Source(dit, vae, parts.runner.device, parts.runner.dtype, options)
+        engine._source = _Source(parts.drawing, parts.runner.device, parts.runner.dtype, options)
         engine._set_drafter()
         return engine
 
@@ -139,8 +138,7 @@ class LoadedEngine(EngineCore):
         source, pages = self._source, self.scheduler.pool.num_pages
         parts = load_parts(
             self._files,
-            source.dit,
-            source.vae,
+            *(source.drawing or (None, None)),
             source.device,
             source.dtype,
             {**source.options, "num_pages": pages},

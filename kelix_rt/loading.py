@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Parts:
     scheduler: Scheduler
     options: EngineConfig
     max_positions: int
+    drawing: tuple[Path, Path] | None = None  # the directories of DiT and autoencoder
 
 
 def load_parts(
@@ -58,7 +59,7 @@ def load_parts(
     if drawing is not None:
         # The release runs all of its models in one dtype, the language model's.
         render = _load_render(drawing, target, language, chosen, on_tensor)
-    return assemble(directory, language, render, chosen)
+    return replace(assemble(directory, language, render, chosen), drawing=drawing)
 
 
 def assemble(
@@ -137,7 +138,7 @@ def find_drawing(
 
 
 def _part(directory: Path | None, name: str, given: str | Path | None) -> Path | None:
-    path = directory if given is None else resolve(given)
+    path = directory if given is None else resolve(given, part=name)
     if path is None:
         return None
     if given is None or not (path / "config.json").is_file():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-from kelix_rt.errors import KelixError
+from kelix_rt.errors import BusyError
 
 
 class OneThread:
-    """Used with `with`: a thread that enters while another is inside gets a KelixError, before it
+    """Used with `with`: a thread that enters while another is inside gets a BusyError, before it
     can change anything. The thread inside may enter again."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class OneThread:
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
-            raise KelixError(
+            raise BusyError(
                 "the engine is not thread-safe, and another thread is inside a step: let one "
                 "thread call it, or give the calls their turns with a lock"
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from kelix_rt.assets import bundled
@@ -120,10 +121,11 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resolve_downloads_hub_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool
 ) -> None:
-    asked = []
+    asked, patterns = [], []
 
     def download(repo: str, **options: object) -> str:
         asked.append((repo, options["tqdm_class"]))
+        patterns.append(options["allow_patterns"])
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -131,6 +133,12 @@ def test_resolve_downloads_hub_ids(
     repo, bar = asked[0]
     assert repo == "owner/model"
     assert (bar is None) == progress
+
+    resolve("owner/pipeline", part="vae")
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "vae/config.json"]
+    others = ["scheduler/config.json", "text_encoder/model.safetensors"]
+    assert list(filter_repo_objects(files + others, allow_patterns=patterns[1])) == files
+    assert list(filter_repo_objects(others, allow_patterns=patterns[0])) == others
 
     def offline(repo: str, **options: object) -> str:
         raise ConnectionError("no route")

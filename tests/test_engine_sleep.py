@@ -103,6 +103,18 @@ def test_the_disk_keeps_nothing_in_memory(golden: Path, path: Path) -> None:
     assert [ref() for ref in held] == [None] * 4
 
 
+def test_it_wakes_in_another_working_directory(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(golden)
+    parts = {name: f"e2e_dit/{name}" for name in ("dit", "vae")}
+    engine = load_engine(Path("llm/tiny_a"), **parts)
+    engine.sleep("disk")
+    monkeypatch.chdir("/")
+    engine.wake()
+    assert engine.runner.render is not None
+
+
 def test_main_memory_frees_every_byte_of_the_device(golden: Path, path: Path) -> None:
     engine = load_drawing(golden)
     outputs(engine, path)
