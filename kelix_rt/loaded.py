@@ -136,9 +136,11 @@ class LoadedEngine(EngineCore):
 
     def _load_again(self) -> None:
         source, pages = self._source, self.scheduler.pool.num_pages
+        dit, vae = source.drawing or (None, None)
         parts = load_parts(
             self._files,
-            *(source.drawing or (None, None)),
+            dit,
+            vae,
             source.device,
             source.dtype,
             {**source.options, "num_pages": pages},
