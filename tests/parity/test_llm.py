@@ -40,6 +40,16 @@ def test_absent_fixtures_give_no_row(copied: Path) -> None:
     }
 
 
+def test_absent_notes_leave_out_what_needs_them(copied: Path) -> None:
+    checks = {check.name for check in llm.run(copied)}
+    (copied / "fixtures.json").unlink()
+    without = llm.run(copied)
+    assert all(check.ok for check in without)
+    left_out = checks - {check.name for check in without}
+    assert left_out
+    assert {name.split("/")[0] for name in left_out} <= {"cond", "sample"}
+
+
 def test_a_damaged_fixture_fails_alone(copied: Path) -> None:
     fixtures = copied / "fixtures.safetensors"
     tensors = load_file(fixtures)
