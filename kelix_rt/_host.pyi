@@ -40,20 +40,19 @@ class PagePool:
         """Pages held by at least one sequence."""
     @property
     def num_available(self) -> int:
-        """num_free + num_cached: what grow() and fork() can hand out right now."""
+        """num_free + num_cached: what grow() can hand out right now."""
     @property
     def num_sequences(self) -> int: ...
-    def match_prefix(self, rows: NDArray[np.int64], salt: int = 0) -> tuple[NDArray[np.int32], int]:
+    def match_prefix(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
         """Longest cached prefix of `rows`: (page ids, matched rows). Takes no reference.
 
         Only full pages match, and never the last row: it must be computed to predict the next.
         """
 
-    def add(self, rows: NDArray[np.int64] | None = None, salt: int = 0) -> tuple[int, int]:
+    def add(self, rows: NDArray[np.int64] | None = None) -> tuple[int, int]:
         """New sequence that holds the cached prefix of `rows`: (sequence, matched rows).
 
-        Sequences share pages only within one `salt`. Without rows it starts empty. Takes no free
-        page; call grow() for the rest.
+        Without rows it starts empty. Takes no free page; call grow() for the rest.
         """
 
     def grow(self, seq: int, num_rows: int) -> bool:
@@ -66,20 +65,10 @@ class PagePool:
         """Register the full pages of `rows`, whose keys and values are now written.
 
         `rows` is the sequence from its first row; at most num_rows(seq) of them. Only pages not
-        committed before are hashed. When an equal page is cached already, every holder is switched
-        to that one and the duplicate is freed, so read page tables after the commits of a step.
+        committed before are hashed. When an equal page is cached already, the sequence is switched
+        to that one and its own is freed, so read page tables after the commits of a step.
         Returns the number of pages newly registered. ValueError if, where there are new ones, rows
         differ from those committed earlier. Does nothing after reset_cache().
-        """
-
-    def fork(
-        self, parent: int, num_rows: int | None = None
-    ) -> tuple[int, tuple[int, int] | None] | None:
-        """Copy of the first `num_rows` rows of `parent` (None: all it has room for).
-
-        Full pages are shared. A partly filled last page gets a page of its own: the second value is
-        then the (source, destination) page copy the caller must do before either sequence writes.
-        Returns None (nothing changed) when a page is needed and none is available.
         """
 
     def release(self, seq: int) -> None:
@@ -99,9 +88,6 @@ class PagePool:
 
         `out` is C-contiguous int32 [B, max_pages] with B >= len(seqs); for pinned buffers.
         """
-
-    def slots(self, seq: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Flat cache positions page * page_size + offset of rows start:stop, 1-D."""
 
     def reset_cache(self) -> None:
         """Forget all cached content (new weights, say). Live sequences keep their pages, but these

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "page_pool.h"
@@ -44,25 +45,17 @@ py::array_t<T> ToArray(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-py::tuple MatchPrefix(const PagePool& pool, const py::array& rows, int64_t salt) {
-  const Match match = pool.MatchPrefix(ReadRows(pool, rows), salt);
+py::tuple MatchPrefix(const PagePool& pool, const py::array& rows) {
+  const Match match = pool.MatchPrefix(ReadRows(pool, rows));
   return py::make_tuple(ToArray(match.pages), match.num_rows);
 }
 
-std::pair<SequenceId, int64_t> Add(PagePool& pool, const std::optional<py::array>& rows,
-                                   int64_t salt) {
-  return pool.Add(rows ? ReadRows(pool, *rows) : Rows{}, salt);
+std::pair<SequenceId, int64_t> Add(PagePool& pool, const std::optional<py::array>& rows) {
+  return pool.Add(rows ? ReadRows(pool, *rows) : Rows{});
 }
 
 int64_t Commit(PagePool& pool, SequenceId id, const py::array& rows) {
   return pool.Commit(id, ReadRows(pool, rows));
-}
-
-py::object ForkSequence(PagePool& pool, SequenceId parent, std::optional<int64_t> num_rows) {
-  const std::optional<Fork> fork = pool.ForkSequence(parent, num_rows);
-  if (!fork) return py::none();
-  if (!fork->copy) return py::make_tuple(fork->child, py::none());
-  return py::make_tuple(fork->child, py::make_tuple(fork->copy->source, fork->copy->destination));
 }
 
 void WritePageTables(const PagePool& pool, const std::vector<SequenceId>& ids, py::array out) {
@@ -102,11 +95,10 @@ PYBIND11_MODULE(_host, module) {
       .def_property_readonly("num_used", &PagePool::num_used)
       .def_property_readonly("num_available", &PagePool::num_available)
       .def_property_readonly("num_sequences", &PagePool::num_sequences)
-      .def("match_prefix", &MatchPrefix, py::arg("rows"), py::arg("salt") = 0)
-      .def("add", &Add, py::arg("rows") = py::none(), py::arg("salt") = 0)
+      .def("match_prefix", &MatchPrefix, py::arg("rows"))
+      .def("add", &Add, py::arg("rows") = py::none())
       .def("grow", &PagePool::Grow, py::arg("seq"), py::arg("num_rows"))
       .def("commit", &Commit, py::arg("seq"), py::arg("rows"))
-      .def("fork", &ForkSequence, py::arg("parent"), py::arg("num_rows") = py::none())
       .def("release", &PagePool::Release, py::arg("seq"))
       .def("num_rows", &PagePool::NumRows, py::arg("seq"))
       .def("num_committed", &PagePool::NumCommitted, py::arg("seq"))
@@ -115,12 +107,6 @@ PYBIND11_MODULE(_host, module) {
           [](const PagePool& pool, SequenceId id) { return ToArray(pool.PageTable(id)); },
           py::arg("seq"))
       .def("write_page_tables", &WritePageTables, py::arg("seqs"), py::arg("out"))
-      .def(
-          "slots",
-          [](const PagePool& pool, SequenceId id, int64_t start, int64_t stop) {
-            return ToArray(pool.Slots(id, start, stop));
-          },
-          py::arg("seq"), py::arg("start"), py::arg("stop"))
       .def("reset_cache", &PagePool::ResetCache)
       .def("check", &PagePool::Check);
 }

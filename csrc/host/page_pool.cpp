@@ -89,12 +89,12 @@ void PagePool::Drop(Page page) {
   }
 }
 
-Match PagePool::MatchPrefix(Rows rows, int64_t salt) const {
+Match PagePool::MatchPrefix(Rows rows) const {
   Match match;
   const int64_t limit = rows.count > 0 ? (rows.count - 1) / page_size_ : 0;
   Page parent = kNoPage;
   for (int64_t index = 0; index < limit; ++index) {
-    parent = cache_.Find(parent, salt, PageIds(rows, index));
+    parent = cache_.Find(parent, PageIds(rows, index));
     if (parent == kNoPage) break;
     match.pages.push_back(parent);
   }
@@ -102,12 +102,11 @@ Match PagePool::MatchPrefix(Rows rows, int64_t salt) const {
   return match;
 }
 
-std::pair<SequenceId, int64_t> PagePool::Add(Rows rows, int64_t salt) {
-  Match match = MatchPrefix(rows, salt);
+std::pair<SequenceId, int64_t> PagePool::Add(Rows rows) {
+  Match match = MatchPrefix(rows);
   const SequenceId id = next_id_;
   Sequence& sequence = sequences_[id];
   ++next_id_;
-  sequence.salt = salt;
   sequence.num_rows = match.num_rows;
   sequence.num_committed = static_cast<int64_t>(match.pages.size());
   sequence.pages = std::move(match.pages);
@@ -160,64 +159,19 @@ int64_t PagePool::Commit(SequenceId id, Rows rows) {
 }
 
 bool PagePool::CommitPage(Sequence& sequence, const int64_t* ids) {
-  const int64_t index = sequence.num_committed;
-  const Page own = sequence.pages[static_cast<size_t>(index)];
-  const Page parent = index == 0 ? kNoPage : sequence.pages[static_cast<size_t>(index - 1)];
-  const Page original = cache_.Find(parent, sequence.salt, ids);
-  if (cache_.Contains(own) && original != own) {
-    Reject("commit: rows of page " + std::to_string(index) +
-           " differ from those a sequence sharing the page committed");
-  }
+  const size_t index = static_cast<size_t>(sequence.num_committed);
+  Page& own = sequence.pages[index];
+  const Page parent = index == 0 ? kNoPage : sequence.pages[index - 1];
+  const Page original = cache_.Find(parent, ids);
   if (original == kNoPage) {
-    cache_.Insert(own, parent, sequence.salt, ids);
-  } else if (original != own) {
-    ReplaceEverywhere(index, own, original);
+    cache_.Insert(own, parent, ids);
+  } else {
+    Acquire(original);
+    Drop(own);
+    own = original;
   }
   ++sequence.num_committed;
   return original == kNoPage;
-}
-
-// All holders switch, not only the one that commits: a fork left on the duplicate could later hold
-// a child of `original` without holding `original` itself. Shared pages stand at one index.
-void PagePool::ReplaceEverywhere(int64_t index, Page duplicate, Page original) {
-  int32_t left = RefCount(duplicate);
-  for (auto each = sequences_.begin(); left > 0; ++each) {
-    std::vector<Page>& pages = each->second.pages;
-    const size_t at = static_cast<size_t>(index);
-    if (at >= pages.size() || pages[at] != duplicate) continue;
-    pages[at] = original;
-    Acquire(original);
-    Drop(duplicate);
-    --left;
-  }
-}
-
-std::optional<Fork> PagePool::ForkSequence(SequenceId parent_id, std::optional<int64_t> num_rows) {
-  const Sequence& parent = Get(parent_id, "fork");
-  const int64_t count = num_rows.value_or(parent.num_rows);
-  if (count < 0 || count > parent.num_rows) {
-    Reject("fork: num_rows must be in 0.." + std::to_string(parent.num_rows) + ", got " +
-           std::to_string(count));
-  }
-  const int64_t num_shared = count / page_size_;
-  const bool partial = count % page_size_ != 0;
-  if (partial && num_available() == 0) return std::nullopt;
-
-  Sequence child;
-  child.num_rows = count;
-  child.num_committed = std::min(parent.num_committed, num_shared);
-  child.salt = parent.salt;
-  child.cacheable = parent.cacheable;
-  child.pages.reserve(static_cast<size_t>(num_shared + partial));
-  child.pages.assign(parent.pages.begin(), parent.pages.begin() + num_shared);
-  std::optional<PageCopy> copy;
-  if (partial) {
-    copy = PageCopy{parent.pages[static_cast<size_t>(num_shared)], Allocate()};
-  }
-  for (Page page : child.pages) Acquire(page);
-  if (copy) child.pages.push_back(copy->destination);
-  sequences_.emplace(next_id_, std::move(child));
-  return Fork{next_id_++, copy};
 }
 
 void PagePool::Release(SequenceId id) {
@@ -244,21 +198,6 @@ void PagePool::WritePageTables(std::span<const SequenceId> ids, std::span<int32_
     const std::vector<Page>& pages = PageTable(ids[b]);
     std::copy(pages.begin(), pages.end(), out.begin() + static_cast<int64_t>(b) * width);
   }
-}
-
-std::vector<int64_t> PagePool::Slots(SequenceId id, int64_t start, int64_t stop) const {
-  const Sequence& sequence = Get(id, "slots");
-  if (start < 0 || stop < start || stop > sequence.num_rows) {
-    Reject("slots: need 0 <= start <= stop <= " + std::to_string(sequence.num_rows) + ", got " +
-           std::to_string(start) + ":" + std::to_string(stop));
-  }
-  std::vector<int64_t> slots;
-  slots.reserve(static_cast<size_t>(stop - start));
-  for (int64_t row = start; row < stop; ++row) {
-    const int64_t page = sequence.pages[static_cast<size_t>(row / page_size_)];
-    slots.push_back(page * page_size_ + row % page_size_);
-  }
-  return slots;
 }
 
 void PagePool::ResetCache() {

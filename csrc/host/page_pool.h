@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <stdexcept>
 #include <unordered_map>
@@ -31,16 +30,6 @@ struct Match {
   int64_t num_rows = 0;
 };
 
-struct PageCopy {
-  Page source;
-  Page destination;
-};
-
-struct Fork {
-  SequenceId child;
-  std::optional<PageCopy> copy;
-};
-
 // Hands out the pages of a paged KV cache to sequences and keeps the content of released ones.
 //
 // A page is free (in the free list), used (held by sequences, counted) or idle (held by none, still
@@ -64,15 +53,13 @@ class PagePool {
   int64_t num_sequences() const { return static_cast<int64_t>(sequences_.size()); }
 
   // Longest cached prefix in full pages that leaves at least the last row to compute.
-  Match MatchPrefix(Rows rows, int64_t salt) const;
+  Match MatchPrefix(Rows rows) const;
   // New sequence holding the cached prefix, and the number of its rows.
-  std::pair<SequenceId, int64_t> Add(Rows rows, int64_t salt);
+  std::pair<SequenceId, int64_t> Add(Rows rows);
   // Makes room for `num_rows` rows in all; false, and no change, when pages are short.
   bool Grow(SequenceId id, int64_t num_rows);
   // Registers the full pages of `rows`, given from the first row on; returns how many are new.
   int64_t Commit(SequenceId id, Rows rows);
-  // Shares the full pages of the first `num_rows` rows (all without it); nothing when out of pages.
-  std::optional<Fork> ForkSequence(SequenceId parent, std::optional<int64_t> num_rows);
   void Release(SequenceId id);
 
   int64_t NumRows(SequenceId id) const { return Get(id, "num_rows").num_rows; }
@@ -81,8 +68,6 @@ class PagePool {
   // Writes the page table of ids[b] to out[b * width ...]; the rest of `out` becomes 0.
   void WritePageTables(std::span<const SequenceId> ids, std::span<int32_t> out,
                        int64_t width) const;
-  // Flat cache positions (page * page_size + offset) of rows start to stop.
-  std::vector<int64_t> Slots(SequenceId id, int64_t start, int64_t stop) const;
 
   // Forgets all content; live sequences keep their pages and stop registering.
   void ResetCache();
@@ -94,8 +79,7 @@ class PagePool {
     std::vector<Page> pages;
     int64_t num_rows = 0;       // rows there is room for
     int64_t num_committed = 0;  // leading pages known to the prefix cache
-    int64_t salt = 0;
-    bool cacheable = true;  // false once its content outlived ResetCache
+    bool cacheable = true;      // false once its content outlived ResetCache
   };
 
   Sequence& Get(SequenceId id, const char* operation);
@@ -109,7 +93,6 @@ class PagePool {
   void Acquire(Page page);
   void Drop(Page page);
   bool CommitPage(Sequence& sequence, const int64_t* ids);
-  void ReplaceEverywhere(int64_t index, Page duplicate, Page original);
   void CheckSequence(SequenceId id, const Sequence& sequence) const;
 
   int64_t page_size_;

@@ -46,8 +46,8 @@ PrefixCache::PrefixCache(int32_t num_pages, int64_t ids_per_page, int hash_bits)
       nodes_(static_cast<size_t>(num_pages)),
       buckets_(std::bit_ceil(static_cast<size_t>(num_pages)), kNoPage) {}
 
-uint64_t PrefixCache::Hash(Page parent, int64_t salt, const int64_t* ids) const {
-  const uint64_t seed = parent == kNoPage ? static_cast<uint64_t>(salt) : node(parent).hash;
+uint64_t PrefixCache::Hash(Page parent, const int64_t* ids) const {
+  const uint64_t seed = parent == kNoPage ? 0 : node(parent).hash;
   return HashIds(seed, ids, ids_per_page_) & hash_mask_;
 }
 
@@ -56,23 +56,22 @@ bool PrefixCache::HasIds(Page page, const int64_t* ids) const {
   return std::equal(own.begin(), own.end(), ids);
 }
 
-Page PrefixCache::Find(Page parent, int64_t salt, const int64_t* ids) const {
-  const uint64_t hash = Hash(parent, salt, ids);
+Page PrefixCache::Find(Page parent, const int64_t* ids) const {
+  const uint64_t hash = Hash(parent, ids);
   for (Page page = Bucket(hash); page != kNoPage; page = node(page).next_in_bucket) {
     const Node& found = node(page);
     // Equal parents hold equal rows by induction, so one page of ids decides the whole prefix.
-    if (found.hash == hash && found.parent == parent && found.salt == salt && HasIds(page, ids)) {
+    if (found.hash == hash && found.parent == parent && HasIds(page, ids)) {
       return page;
     }
   }
   return kNoPage;
 }
 
-void PrefixCache::Insert(Page page, Page parent, int64_t salt, const int64_t* ids) {
+void PrefixCache::Insert(Page page, Page parent, const int64_t* ids) {
   Node& added = node(page);
   added.ids.assign(ids, ids + ids_per_page_);
-  added.hash = Hash(parent, salt, ids);
-  added.salt = salt;
+  added.hash = Hash(parent, ids);
   added.parent = parent;
   added.num_children = 0;
   added.registered = true;
@@ -105,11 +104,9 @@ void PrefixCache::Check() const {
     ++num_registered;
     const Page parent = Parent(page);
     Require(node(page).ids.size() == static_cast<size_t>(ids_per_page_), page, "lacks its ids");
-    Require(Find(parent, node(page).salt, node(page).ids.data()) == page, page,
-            "is not found by its content");
+    Require(Find(parent, node(page).ids.data()) == page, page, "is not found by its content");
     if (parent == kNoPage) continue;
     Require(Contains(parent), page, "outlived its parent");
-    Require(node(parent).salt == node(page).salt, page, "differs in salt from its parent");
     ++children[static_cast<size_t>(parent)];
   }
   for (Page page = 0; page < static_cast<Page>(nodes_.size()); ++page) {

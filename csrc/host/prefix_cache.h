@@ -9,7 +9,7 @@
 namespace kelix::host {
 
 // Content index of full pages: a forest in which a page's parent holds the rows before its own. A
-// page is found by its parent page, its salt and its ids. The chained hash only picks the bucket:
+// page is found by its parent page and its ids. The chained hash only picks the bucket:
 // ids are always compared, so a collision costs time and never returns a wrong page.
 //
 // Ownership is the pool's business; the cache only demands that pages go in after their parent and
@@ -20,10 +20,10 @@ class PrefixCache {
   PrefixCache(int32_t num_pages, int64_t ids_per_page, int hash_bits);
 
   // The page that holds `ids` after `parent` (kNoPage: at the start of a sequence), or kNoPage.
-  Page Find(Page parent, int64_t salt, const int64_t* ids) const;
+  Page Find(Page parent, const int64_t* ids) const;
 
   // Registers `page`, not yet in the cache. Find must have returned kNoPage for the content.
-  void Insert(Page page, Page parent, int64_t salt, const int64_t* ids);
+  void Insert(Page page, Page parent, const int64_t* ids);
 
   // Forgets `page`, which must have no children.
   void Erase(Page page);
@@ -43,7 +43,6 @@ class PrefixCache {
   struct Node {
     std::vector<int64_t> ids;
     uint64_t hash = 0;
-    int64_t salt = 0;
     Page parent = kNoPage;
     Page next_in_bucket = kNoPage;
     int32_t num_children = 0;
@@ -52,7 +51,7 @@ class PrefixCache {
 
   Node& node(Page page) { return nodes_[static_cast<size_t>(page)]; }
   const Node& node(Page page) const { return nodes_[static_cast<size_t>(page)]; }
-  uint64_t Hash(Page parent, int64_t salt, const int64_t* ids) const;
+  uint64_t Hash(Page parent, const int64_t* ids) const;
   Page& Bucket(uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
   Page Bucket(uint64_t hash) const { return buckets_[hash & (buckets_.size() - 1)]; }
 

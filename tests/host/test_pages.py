@@ -1,4 +1,4 @@
-"""PagePool: allocation, sharing, copies, tables and the rejection of bad arguments."""
+"""PagePool: allocation, sharing, tables and the rejection of bad arguments."""
 
 from __future__ import annotations
 
@@ -51,46 +51,6 @@ def test_grow_is_all_or_nothing() -> None:
     assert not pool.grow(second, 2**63 - 1)
 
 
-def test_fork_shares_full_pages_and_copies_the_partial_one() -> None:
-    pool = PagePool(6, PAGE, WIDTH)
-    parent, _ = pool.add()
-    assert pool.grow(parent, 2 * PAGE + 1)
-    forked = pool.fork(parent)
-    assert forked is not None
-    child, copy = forked
-    old, new = pool.page_table(parent), pool.page_table(child)
-    assert old[:2].tolist() == new[:2].tolist()
-    assert copy == (old[2], new[2])
-    assert old[2] != new[2]
-    assert counts(pool) == (2, 0, 4)
-    pool.release(parent)
-    assert counts(pool) == (3, 0, 3)
-    pool.release(child)
-    assert counts(pool) == (6, 0, 0)
-
-
-@pytest.mark.parametrize("num_rows", [0, PAGE, 2 * PAGE])
-def test_fork_at_a_page_boundary_needs_no_page(num_rows: int) -> None:
-    pool = PagePool(2, PAGE, WIDTH)
-    parent, _ = pool.add()
-    assert pool.grow(parent, 2 * PAGE)
-    forked = pool.fork(parent, num_rows)
-    assert forked is not None
-    child, copy = forked
-    assert copy is None
-    assert pool.page_table(child).tolist() == pool.page_table(parent)[: num_rows // PAGE].tolist()
-    assert counts(pool) == (0, 0, 2)
-
-
-def test_fork_without_a_free_page_changes_nothing() -> None:
-    pool = PagePool(2, PAGE, WIDTH)
-    parent, _ = pool.add()
-    assert pool.grow(parent, PAGE + 1)
-    assert pool.fork(parent) is None
-    assert counts(pool) == (0, 0, 2)
-    assert pool.num_sequences == 1
-
-
 def test_write_page_tables_pads_with_zeros() -> None:
     pool = PagePool(8, PAGE, WIDTH)
     seqs = [pool.add()[0] for _ in range(2)]
@@ -101,21 +61,6 @@ def test_write_page_tables_pads_with_zeros() -> None:
     assert out[0].tolist() == [*pool.page_table(seqs[0]).tolist(), 0]
     assert out[1].tolist() == [*pool.page_table(seqs[1]).tolist(), 0, 0, 0]
     assert out[2].tolist() == [0, 0, 0, 0]
-
-
-def test_slots_are_page_times_size_plus_offset() -> None:
-    pool = PagePool(8, PAGE, WIDTH)
-    blocker, seq = pool.add()[0], pool.add()[0]
-    for num_rows in range(1, 11):  # interleaved, so that the pages of seq are not consecutive
-        assert pool.grow(seq, num_rows)
-        assert pool.grow(blocker, num_rows)
-    pages = pool.page_table(seq)
-    assert np.any(np.diff(pages) != 1)
-    expected = [int(pages[row // PAGE]) * PAGE + row % PAGE for row in range(3, 10)]
-    slots = pool.slots(seq, 3, 10)
-    assert slots.dtype == np.int64
-    assert slots.tolist() == expected
-    assert pool.slots(seq, 5, 5).size == 0
 
 
 def test_page_table_is_a_copy() -> None:
@@ -138,12 +83,10 @@ def test_sequences_are_never_used_twice() -> None:
 UNKNOWN_CALLS: list[Callable[[PagePool, int], object]] = [
     lambda pool, seq: pool.grow(seq, 1),
     lambda pool, seq: pool.commit(seq, make_rows(1)),
-    lambda pool, seq: pool.fork(seq),
     lambda pool, seq: pool.release(seq),
     lambda pool, seq: pool.num_rows(seq),
     lambda pool, seq: pool.num_committed(seq),
     lambda pool, seq: pool.page_table(seq),
-    lambda pool, seq: pool.slots(seq, 0, 0),
     lambda pool, seq: pool.write_page_tables([seq], np.zeros((1, 1), np.int32)),
 ]
 
@@ -179,12 +122,6 @@ def test_bad_row_numbers_are_rejected() -> None:
     assert pool.grow(seq, 6)
     with pytest.raises(ValueError, match="grow: num_rows must be >= 0, got -1"):
         pool.grow(seq, -1)
-    for num_rows in (-1, 7):
-        with pytest.raises(ValueError, match="fork: num_rows"):
-            pool.fork(seq, num_rows)
-    for start, stop in [(-1, 2), (3, 2), (0, 7)]:
-        with pytest.raises(ValueError, match="slots"):
-            pool.slots(seq, start, stop)
     assert counts(pool) == (2, 0, 2)
 
 

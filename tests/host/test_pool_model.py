@@ -14,12 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
-    MultipleResults,
     RuleBasedStateMachine,
     consumes,
     initialize,
     invariant,
-    multiple,
     rule,
 )
 from numpy.typing import NDArray
@@ -33,7 +31,6 @@ PAGE, WIDTH = 4, 3
 class Running:
     """A live sequence of the model: its prompt, rows written so far, and those committed."""
 
-    salt: int
     rows: list[tuple[int, ...]]
     written: int
     cacheable: bool = True
@@ -60,7 +57,6 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, num_pages: int, hash_bits: int) -> None:
         self.pool = PagePool(num_pages, PAGE, WIDTH, hash_bits=hash_bits)
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
-        self.owner_salt: list[int] = [0] * num_pages
         self.running: dict[int, Running] = {}
 
     def write(self, seq: int, stop: int) -> None:
@@ -68,28 +64,25 @@ class PoolMachine(RuleBasedStateMachine):
         state = self.running[seq]
         table = self.pool.page_table(seq).tolist()
         others = {p for s in self.running if s != seq for p in self.pool.page_table(s).tolist()}
-        slots = self.pool.slots(seq, state.written, stop).tolist()
-        for row, slot in zip(range(state.written, stop), slots, strict=True):
-            page, offset = divmod(slot, PAGE)
-            assert page == table[row // PAGE]
+        for row in range(state.written, stop):
+            page, offset = table[row // PAGE], row % PAGE
             assert page not in others, "a page has two writers"
             self.memory[page][offset] = state.rows[row]
-            self.owner_salt[page] = state.salt
         state.written = max(state.written, stop)
 
-    def admit(self, rows: list[tuple[int, ...]], salt: int) -> int:
-        before = self.pool.match_prefix(as_array(rows), salt)
-        seq, matched = self.pool.add(as_array(rows), salt)
+    def admit(self, rows: list[tuple[int, ...]]) -> int:
+        before = self.pool.match_prefix(as_array(rows))
+        seq, matched = self.pool.add(as_array(rows))
         assert matched == before[1]
         assert matched <= max(len(rows) - 1, 0)
         assert matched % PAGE == 0
         assert self.pool.page_table(seq).tolist() == before[0].tolist()
-        self.running[seq] = Running(salt, rows, matched)
+        self.running[seq] = Running(rows, matched)
         return seq
 
-    @rule(target=sequences, rows=PROMPT, salt=st.sampled_from([0, 0, 0, 1]))
-    def add(self, rows: list[tuple[int, ...]], salt: int) -> int:
-        return self.admit(rows, salt)
+    @rule(target=sequences, rows=PROMPT)
+    def add(self, rows: list[tuple[int, ...]]) -> int:
+        return self.admit(rows)
 
     @rule(seq=sequences, extra=st.lists(ROW, max_size=2 * PAGE), commit=st.booleans())
     def step(self, seq: int, extra: list[tuple[int, ...]], commit: bool) -> None:
@@ -116,29 +109,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_committed(seq) == (full if state.cacheable else 0)
         if state.cacheable:
             probe = as_array([*state.rows[:full], (0,) * WIDTH])
-            pages, matched = self.pool.match_prefix(probe, state.salt)
+            pages, matched = self.pool.match_prefix(probe)
             assert matched == full
             assert pages.tolist() == self.pool.page_table(seq).tolist()[: full // PAGE]
-
-    @rule(target=sequences, parent=sequences, data=st.data())
-    def fork(self, parent: int, data: st.DataObject) -> int | MultipleResults[int]:
-        state = self.running[parent]
-        count = data.draw(st.integers(0, state.written), label="rows")
-        available = self.pool.num_available
-        forked = self.pool.fork(parent, count)
-        if forked is None:
-            assert count % PAGE != 0
-            assert available == 0
-            return multiple()
-        child, copy = forked
-        assert (copy is not None) == (count % PAGE != 0)
-        if copy is not None:
-            source, destination = copy
-            assert source == self.pool.page_table(parent)[count // PAGE]
-            self.memory[destination] = list(self.memory[source])
-            self.owner_salt[destination] = state.salt
-        self.running[child] = Running(state.salt, state.rows[:count], count, state.cacheable)
-        return child
 
     @rule(seq=consumes(sequences))
     def release(self, seq: int) -> None:
@@ -153,7 +126,7 @@ class PoolMachine(RuleBasedStateMachine):
         state = self.running.pop(seq)
         committed = self.pool.num_committed(seq)
         self.pool.release(seq)
-        again = self.admit(state.rows, state.salt)
+        again = self.admit(state.rows)
         assert self.running[again].written >= min(
             committed, max(len(state.rows) - 1, 0) // PAGE * PAGE
         )
@@ -191,10 +164,9 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def pages_hold_the_rows_they_should(self) -> None:
         for seq, state in getattr(self, "running", {}).items():
-            slots = self.pool.slots(seq, 0, state.written).tolist()
-            stored = [self.memory[slot // PAGE][slot % PAGE] for slot in slots]
+            table = self.pool.page_table(seq).tolist()
+            stored = [self.memory[table[row // PAGE]][row % PAGE] for row in range(state.written)]
             assert stored == state.rows[: state.written]
-            assert all(self.owner_salt[slot // PAGE] == state.salt for slot in slots)
 
 
 PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
