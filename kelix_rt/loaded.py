@@ -103,6 +103,7 @@ class LoadedEngine(EngineCore):
             self._offloaded = runner.offload()
             self.scheduler.pool.reset_cache()
         else:
+            self.counts.head_escapes += runner.generate.head_escapes
             self._runner = None
         del runner
         gc.collect()

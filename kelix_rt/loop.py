@@ -76,13 +76,15 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """What was done since the start, as a copy."""
-        cache, graphs = self.image_cache, self.graph_counts
+        cache, graphs, runner = self.image_cache, self.graph_counts, self._runner
+        escapes = 0 if runner is None else runner.generate.head_escapes
         return replace(
             self.counts,
             image_hits=0 if cache is None else cache.hits,
             image_misses=0 if cache is None else cache.misses,
             graph_replays=graphs.replays,
             graph_misses=graphs.misses,
+            head_escapes=self.counts.head_escapes + escapes,
         )
 
     def submit(self, sequence: Sequence) -> int:

@@ -18,6 +18,8 @@ class EngineStats:
     graph_replays, graph_misses: block steps and evaluations of the DiT that were launched as one
     graph, and those that were not although there are graphs: prompts, guessed blocks, the release's
     rule of sampling; larger batches of drawings and other sizes than the model's own.
+    head_escapes: ids of drawn blocks where the model's most likely one was not admissible; counted
+    with EngineConfig.verify_head alone.
     """
 
     encode_steps: int = 0
@@ -33,3 +35,4 @@ class EngineStats:
     image_misses: int = 0
     graph_replays: int = 0
     graph_misses: int = 0
+    head_escapes: int = 0

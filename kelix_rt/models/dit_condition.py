@@ -36,11 +36,6 @@ class ConditionCache:
         """Number of rows."""
         return len(self.lengths)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values; rows expanded from one count once."""
-        return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
-
 
 def merge_conditions(caches: Sequence[ConditionCache]) -> ConditionCache:
     """One cache with the rows of all `caches` in order; a single cache is returned as it is.

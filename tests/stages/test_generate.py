@@ -120,7 +120,21 @@ def record_head(engine: Engine, golden: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_verify_head_compares_every_block(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine(golden / "llm" / "tiny_a", verify_head=True)
     assert record_head(engine, golden, monkeypatch) == [1] * 9
-    assert engine.runner.generate.head_escapes == 0
+    assert engine.stats().head_escapes == 0
+
+
+def test_head_escapes_are_counted_over_a_sleep(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(golden / "llm" / "tiny_a", verify_head=True)
+    for _ in range(2):
+        monkeypatch.setattr(
+            engine.runner.model, "count_head_escapes", lambda hidden, ids: torch.tensor([2])
+        )
+        engine.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_blocks=3))
+        engine.sleep("disk")
+        engine.wake()
+    assert engine.stats().head_escapes == 2 * 3 * 2
 
 
 def test_the_head_is_not_verified_unasked(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
