@@ -2,8 +2,8 @@
 
 csrc:      kernels, cpu -> common;  ops -> kernels, cpu, common, torch;  host -> common, pybind11
 kelix_rt:  engine -> scheduler, runner -> stages, memory -> models -> ops;  the pieces that are data
-           (request, config, scheduler) know no torch; processing knows no models; nothing imports
-           train.
+           (request, config, scheduler) know no torch; processing knows no models; serve knows the
+           engine alone; nothing imports train.
 """
 
 from __future__ import annotations
@@ -58,6 +58,16 @@ FORBIDDEN = {
         "kelix_rt.stages",
     ],
     "runner": ["kelix_rt.engine", "kelix_rt.cli"],
+    "engine": ["kelix_rt.cli", "kelix_rt.serve"],
+    "serve": [
+        "torch",
+        "kelix_rt.models",
+        "kelix_rt.ops",
+        "kelix_rt.stages",
+        "kelix_rt.runner",
+        "kelix_rt.scheduler",
+        "kelix_rt.cli",
+    ],
 }
 
 

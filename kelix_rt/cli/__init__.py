@@ -1,4 +1,4 @@
-"""The `kelix` command: chat, draw, encode, reconstruct, info, bench, parity."""
+"""The `kelix` command: chat, draw, encode, reconstruct, serve, info, bench, parity."""
 
 from __future__ import annotations
 

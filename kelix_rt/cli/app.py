@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kelix_rt import __version__
-from kelix_rt.cli import bench, generate, images, inspection, parity
+from kelix_rt.cli import bench, generate, images, inspection, parity, serve
 from kelix_rt.cli.output import print_error
 from kelix_rt.errors import KelixError
 
@@ -24,6 +24,7 @@ app.command()(generate.chat)
 app.command()(generate.draw)
 app.command()(images.encode)
 app.command()(images.reconstruct)
+app.command()(serve.serve)
 app.command()(inspection.info)
 app.command()(bench.bench)
 app.command("parity")(parity.run_parity)

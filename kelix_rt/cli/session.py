@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from kelix_rt.cli.output import byte_progress
 from kelix_rt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kelix_rt.config import Quantization
     from kelix_rt.engine import Engine
 
 # Lines of the memory ledger that the language model's loader reports as it goes.
@@ -32,12 +31,11 @@ def load_engine(
     device: str,
     dtype: str,
     *,
-    kv_dtype: Literal["auto", "fp8"],
-    quantization: Quantization,
     drawing: bool,
+    **options: Any,
 ) -> Engine:
     """An engine, with DiT and VAE where `drawing`: ConfigError before any weight is read if they
-    are absent. What no seed is given for differs from run to run.
+    are absent. What no seed is given for differs from run to run. options: of EngineConfig.
     """
     from kelix_rt.checkpoint import resolve
     from kelix_rt.config import EngineConfig
@@ -56,8 +54,8 @@ def load_engine(
     dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
     chosen = choose_dtype(dtype)
-    options = EngineConfig(kv_dtype=kv_dtype, quantization=quantization, drawing=drawing)
-    plans = [plan(path, options=options, dtype=chosen) for path in sources]
+    config = EngineConfig(drawing=drawing, **options)
+    plans = [plan(path, options=config, dtype=chosen) for path in sources]
     entries = [entry for ledger in plans for entry in ledger.entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
     with byte_progress() as bar:
@@ -68,9 +66,8 @@ def load_engine(
             vae=vae_path,
             device=device,
             dtype=dtype,
-            kv_dtype=kv_dtype,
-            quantization=quantization,
             drawing=drawing,
             seed=secrets.randbits(63),
             on_tensor=lambda _, size: bar.advance(task, size),
+            **options,
         )

@@ -67,7 +67,7 @@ capability=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capa
 export KELIX_CUDA=1 KELIX_CUDA_ARCHS="$capability-real"
 wanted build && run build $python setup.py -q native
 wanted ops && run ops $python -m pytest -m gpu tests/ops
-wanted tests && run tests $python -m pytest -m gpu tests --ignore=tests/ops
+wanted tests && run tests $python -m pytest -m gpu tests --ignore=tests/ops --ignore=tests/serve
 if wanted parity; then
   for dtype in float32 bfloat16; do
     run "parity-$dtype" $python -m kelix_rt.cli parity tests/golden --device cuda --dtype "$dtype"
