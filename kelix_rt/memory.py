@@ -41,6 +41,7 @@ _GROUPS: tuple[tuple[str, str | None], ...] = (
     (r"packing_position_embedding|(^|\.)visual\.head\.", None),
     (r"quantizer\.\d+\.(embedding|embedding_proj|q_norm|voc_reducer)\b", None),  # projected at load
     (r"^pos_embed$", None),
+    (r"^encoder\.\w+\.", None),  # of the autoencoder: drawing does without
     (r"^visual_tokenizer\.|^visual\.|^encoder\.(weight|bias)$", VISION),
     (r"^(mlp_AR|pre_llm_aligner|quantizer|up_projectors)\.", VISION),
     (r"\.tok_embeddings\.", "embedding table"),

@@ -127,6 +127,7 @@ def random_engine(
         language = KelixLM(sizes.kelix)
         tokenizer = VisionTokenizer(sizes.kelix.tokenizer_config)
         vae: AutoencoderDC = AutoencoderDC.from_config(sizes.vae)
+        del vae.encoder
     dit = KelixDiT(sizes.dit)
     parts: dict[str, nn.Module] = {
         "language model": language,

@@ -23,7 +23,8 @@ class Autoencoder:
     """The autoencoder of a local directory. Its config is read and its files are opened at once;
     diffusers, whose import takes seconds, and the weights come with the first use of `module`.
 
-    dtype None keeps the stored one. Raises ConfigError for another config, WeightError for files
+    dtype None keeps the stored one. encoder: False leaves it out, half of the weights,
+    of which drawing uses none. Raises ConfigError for another config, WeightError for files
     that are missing or no checkpoint.
     """
 
@@ -32,13 +33,14 @@ class Autoencoder:
         path: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        encoder: bool = False,
     ) -> None:
         config = read_config(path)
         if not isinstance(config, dict) or config["_class_name"] != "AutoencoderDC":
             raise ConfigError(f"Autoencoder: {path} must hold the config of an AutoencoderDC")
         self.config: dict[str, Any] = config
         self._checkpoint = Checkpoint(path)
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._encoder = device, dtype, encoder
 
     @classmethod
     def of(cls, module: AutoencoderDC) -> Autoencoder:
@@ -65,16 +67,25 @@ class Autoencoder:
 
         with torch.device("meta"):
             vae = AutoencoderDC.from_config(self.config)
+        if not self._encoder:
+            del vae.encoder
         mapping = {name: Source((name,)) for name in vae.state_dict()}
-        load_weights(vae, self._checkpoint, mapping, device=self._device, dtype=self._dtype)
+        load_weights(
+            vae,
+            self._checkpoint,
+            mapping,
+            device=self._device,
+            dtype=self._dtype,
+            unused=(r"encoder\..*",),
+        )
         return vae.eval().requires_grad_(False)
 
 
 def load_vae(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderDC:
-    """The loaded autoencoder of a local directory; arguments and errors as `Autoencoder`."""
-    return Autoencoder(path, device, dtype).module
+    """The loaded autoencoder of a local directory, whole; arguments and errors as `Autoencoder`."""
+    return Autoencoder(path, device, dtype, encoder=True).module
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kelix_rt.errors import ConfigError, WeightError
+from kelix_rt.memory import weight_entries
 from kelix_rt.models import load, products
-from kelix_rt.models.vae import decode, load_vae
+from kelix_rt.models.vae import Autoencoder, decode, load_vae
 from kelix_rt.testing import assert_as_accurate_as_torch, randn
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -42,6 +43,16 @@ def test_nothing_is_left_on_the_meta_device(path: Path) -> None:
     assert {t.device.type for t in (*vae.parameters(), *vae.buffers())} == {"cpu"}
     assert not vae.training
     assert bool(decode(vae, torch.zeros(1, 8, 2, 2)).isfinite().all())
+
+
+def test_drawing_does_without_the_encoder(path: Path) -> None:
+    decoder, whole = Autoencoder(path).module, load_vae(path)
+    latent = randn(1, 8, 2, 2)
+    assert torch.equal(decode(decoder, latent), decode(whole, latent))
+    stored = dict(whole.state_dict())
+    assert set(decoder.state_dict()) == {name for name in stored if name.startswith("decoder.")}
+    kept = sum(entry.num_bytes for entry in weight_entries(path, torch.float32))
+    assert kept == sum(t.nbytes for t in decoder.state_dict().values())
 
 
 def test_a_cpu_that_multiplies_float32_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
