@@ -59,7 +59,7 @@ def test_the_engine_loads_the_same_weights(golden: Path, tmp_path: Path) -> None
         (made.language.state_dict(), model.state_dict()),
         (made.tokenizer.state_dict(), model.visual_tokenizer.state_dict()),
         (made.dit.state_dict(), engine.runner.render_stage().dit.state_dict()),
-        (made.vae.state_dict(), engine.runner.render_stage().vae.module.state_dict()),
+        (made.vae.state_dict(), load_vae(folder / "vae").state_dict()),
     ]
     for trained, loaded in pairs:
         assert set(trained) <= set(loaded)
