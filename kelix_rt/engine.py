@@ -37,6 +37,8 @@ from kelix_rt.request import (
 )
 
 Messages = Items[Mapping[str, Any]]
+# A template of a request's own could also compute for ever.
+NO_TEMPLATE_OPTIONS = frozenset(("self", "messages", "conversation", "chat_template", "tokenize"))
 PromptLike = Prompt | Items[int] | np.ndarray | Tensor
 
 
@@ -136,6 +138,8 @@ class Engine(LoadedEngine):
         options = {} if template_options is None else template_options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise InputError(f"template_options must be a mapping of names, got {options!r}")
+        if own := sorted(NO_TEMPLATE_OPTIONS & set(options)):
+            raise InputError(f"template_options: {own} are set by the engine, not by requests")
         encoded = self.processor.encode(messages, **options)
         if not encoded.images:
             return Prompt(encoded.ids)

@@ -1,14 +1,14 @@
 """What requests and answers look like: OpenAI's names, and Kelix' own where that has none.
 
-A field that is not listed here is refused, not ignored. Values are checked where they are used: by
-SamplingParams and RenderParams.
+A field that is not listed here is refused, not ignored, unless it is null. Values are checked where
+they are used: by SamplingParams and RenderParams.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kelix_rt.errors import InputError
 from kelix_rt.request import GREEDY_DRAWING, RenderParams, SamplingParams, Usage
@@ -22,6 +22,14 @@ class Body(BaseModel):
     model: str | None = None
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """Clients send what they leave open as null."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
 
 class StreamOptions(BaseModel):
     """include_usage: send one more chunk, with the usage, behind the last."""
@@ -33,7 +41,8 @@ class StreamOptions(BaseModel):
 
 class ChatBody(Body):
     """POST /v1/chat/completions. max_tokens counts blocks; `chat_template_kwargs` go to the chat
-    template. What is not given is SamplingParams' default."""
+    template. What is not given is SamplingParams' default. Of n, logprobs and the penalties only
+    the value that changes nothing is taken."""
 
     messages: list[dict[str, Any]]
     temperature: float | None = None
@@ -43,7 +52,10 @@ class ChatBody(Body):
     seed: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    n: Literal[1] | None = None
+    n: Literal[1] = 1
+    logprobs: Literal[False] = False
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -46,8 +46,9 @@ def test_chat_answers_as_the_engine(client: httpx.Client, engine: Engine) -> Non
     ]
     messages = [{"role": "user", "content": content}]
     body = {"model": NAME, "messages": messages, "seed": 3, "top_k": 20, "max_tokens": 12}
-    answer = client.post(CHAT, json=body).json()
+    body |= {"stop": None, "n": 1, "frequency_penalty": 0.0}
     expected = engine.chat(messages, SamplingParams(seed=3, top_k=20, max_blocks=12))
+    answer = client.post(CHAT, json=body).json()  # from here on the engine is the server's
     (choice,) = answer["choices"]
     assert answer["object"] == "chat.completion"
     assert answer["model"] == NAME
@@ -78,15 +79,17 @@ def test_chat_streams_the_same_text(client: httpx.Client) -> None:
 
 
 def test_pictures_are_those_of_the_engine(client: httpx.Client, engine: Engine) -> None:
+    expected = [
+        engine.generate_image("a red circle", render=RenderParams(steps=3, seed=seed)).image
+        for seed in (7, 8)
+    ]
     body = {"prompt": "a red circle", "n": 2, "seed": 7, "steps": 3}
     answer = client.post(IMAGES, json=body).json()
     assert [each["seed"] for each in answer["data"]] == [7, 8]
-    for each in answer["data"]:
+    for each, image in zip(answer["data"], expected, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(each["b64_json"]))) as found:
             assert answer["size"] == f"{found.width}x{found.height}"
-            render = RenderParams(steps=3, seed=each["seed"])
-            expected = engine.generate_image("a red circle", render=render).image
-            np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
 
 
 def test_requests_of_several_clients_share_steps(client: httpx.Client) -> None:
@@ -109,6 +112,19 @@ def test_requests_of_several_clients_share_steps(client: httpx.Client) -> None:
         (CHAT, {"messages": HELLO, "n": 2}, 400, "n: Input should be 1"),
         (CHAT, {"messages": HELLO, "stop": ["x"]}, 400, "stop: Extra inputs are not permitted"),
         (CHAT, {"messages": HELLO, "top_p": 0}, 400, r"top_p must be a number in \(0.0, 1.0\]"),
+        (CHAT, {"messages": HELLO, "presence_penalty": 0.5}, 400, "presence_penalty: Input should"),
+        (
+            CHAT,
+            {"messages": HELLO, "chat_template_kwargs": {"chat_template": "x"}},
+            400,
+            r"\['chat_template'\] are set by the engine",
+        ),
+        (
+            CHAT,
+            {"messages": HELLO, "chat_template_kwargs": {"messages": []}},
+            400,
+            r"\['messages'\] are set by the engine",
+        ),
         (CHAT, {"messages": []}, 400, "expected at least one message"),
         (CHAT, {"messages": HELLO, "max_tokens": 10**8}, 400, "max_model_len"),
         (
