@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kelix_rt.errors import CapacityError, ConfigError, InputError
-from kelix_rt.intake import copied, cut_drawing, reported_rows
+from kelix_rt.intake import checked_options, copied, cut_drawing, reported_rows
 from kelix_rt.loaded import LoadedEngine
 from kelix_rt.processing import ChatProcessor, ImageProcessor, PositionMarkers
 from kelix_rt.processing.sources import ImageSource
@@ -37,8 +37,6 @@ from kelix_rt.request import (
 )
 
 Messages = Items[Mapping[str, Any]]
-# A template of a request's own could also compute for ever.
-NO_TEMPLATE_OPTIONS = frozenset(("self", "messages", "conversation", "chat_template", "tokenize"))
 PromptLike = Prompt | Items[int] | np.ndarray | Tensor
 
 
@@ -62,7 +60,12 @@ class Engine(LoadedEngine):
         template = self._marker_template
         markers = PositionMarkers(*self.config.marker_ids, template) if template else None
         return ChatProcessor(
-            self.text, self.images, self.config.qwen_config, markers, self.options.allow_files
+            self.text,
+            self.images,
+            self.config.qwen_config,
+            markers,
+            self.options.allow_files,
+            self.max_positions,
         )
 
     @property
@@ -135,12 +138,7 @@ class Engine(LoadedEngine):
         """The prompt `chat` runs, for add_request and stream."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        options = {} if template_options is None else template_options
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise InputError(f"template_options must be a mapping of names, got {options!r}")
-        if own := sorted(NO_TEMPLATE_OPTIONS & set(options)):
-            raise InputError(f"template_options: {own} are set by the engine, not by requests")
-        encoded = self.processor.encode(messages, **options)
+        encoded = self.processor.encode(messages, **checked_options(template_options))
         if not encoded.images:
             return Prompt(encoded.ids)
         pixels, grids = zip(*encoded.images, strict=True)

@@ -19,6 +19,8 @@ from kelix_rt.stages.encode import block_count, check_patches
 SPLITMIX_STEP = 0x9E3779B97F4A7C15
 UINT64 = (1 << 64) - 1
 DEFAULT_MAX_BLOCKS = 256
+# A template of a request's own could also compute for ever.
+NO_TEMPLATE_OPTIONS = frozenset(("self", "messages", "conversation", "chat_template", "tokenize"))
 Expand = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -55,6 +57,17 @@ def prompt_rows(
     images = _image_ids(prompt, int(placed.sum()), config)
     rows = expand(torch.from_numpy(ids), None if images is None else torch.from_numpy(images))
     return rows.numpy(), placed
+
+
+def checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What a request hands to the chat template. InputError for names that are not its to set."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InputError(f"template_options must be a mapping of names, got {options!r}")
+    if own := sorted(NO_TEMPLATE_OPTIONS & set(options)):
+        raise InputError(f"template_options: {own} are set by the engine, not by requests")
+    return options
 
 
 def copied(messages: Any) -> Any:

@@ -68,8 +68,8 @@ def serve(
     engine.warm_up()
     stderr().print(
         f"chat{' and drawing' if drawing else ', no drawing (it has no DiT and autoencoder)'}; "
-        f"the routes are described at http://{host}:{port}/docs",
+        "/docs describes the routes",
         style="dim",
     )
-    app = create_app(engine, name or Path(model).name, max_requests)
+    app = create_app(engine, name or Path(model).resolve().name, max_requests)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=10)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from kelix_rt.errors import ConfigError, InputError
 from kelix_rt.processing.images import ImageProcessor
@@ -55,13 +56,6 @@ class PositionMarkers:
                 f"{self.template!r}"
             )
 
-    @classmethod
-    def from_tokens(
-        cls, text: TextTokenizer, start: str, end: str, template: str = "{row},{cols}"
-    ) -> PositionMarkers:
-        """Look the two marker tokens up by name. Raises ConfigError for an unknown name."""
-        return cls(text.token_id(start), text.token_id(end), template)
-
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -87,7 +81,8 @@ class ChatProcessor:
 
     ids: the model's config (`QwenConfig`); without an image_token_id, messages must be text.
     markers: position markers to put in front of each image row; None (default) for none.
-    allow_files: False refuses local paths as images, for messages that come from strangers.
+    allow_files: False refuses local paths as images and rare formats, for messages that come from
+    strangers. max_length: blocks of the longest prompt; pictures that do not fit are not cut up.
 
     Raises ConfigError if the ids are not those of the tokenizer.
     """
@@ -99,11 +94,13 @@ class ChatProcessor:
         ids: SpecialIds,
         markers: PositionMarkers | None = None,
         allow_files: bool = True,
+        max_length: int | None = None,
     ) -> None:
         self.text = text
         self.images = images
         self.markers = markers
         self.allow_files = allow_files
+        self.max_length = max_length
         self.image_id = ids.image_token_id
         self.vision_start_id = ids.vision_start_token_id
         self.vision_end_id = ids.vision_end_token_id
@@ -244,17 +241,26 @@ class ChatProcessor:
                 f"messages: the chat template wrote {found} image placeholders for {len(parts)} "
                 f"images ({named}); every image needs exactly one"
             )
-        images = [self._load(part) for part in parts]
+        images, length = [], len(ids) - found
+        for part in parts:
+            image = self._load(part)
+            length += image.width * image.height // self.images.factor**2
+            if self.max_length is not None and length > self.max_length:
+                raise InputError(
+                    f"{part.where}: with this image the prompt has at least {length} blocks, "
+                    f"max_model_len is {self.max_length}; send fewer or smaller ones"
+                )
+            images.append(self.images.patchify(image))
         pending: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(images)
         expanded: list[int] = []
         for id_ in ids:
             expanded += self.image_ids(next(pending)[1]) if id_ == self.image_id else [id_]
         return EncodedPrompt(expanded, images)
 
-    def _load(self, part: _ImagePart) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self, part: _ImagePart) -> Image.Image:
         try:
             image = self.images.load_image(part.source, self.allow_files)
-            return self.images.patchify(self.images.resize(image, **part.options))
+            return self.images.resize(image, **part.options)
         except InputError as error:
             raise InputError(f"{part.where}: {error}") from error
 

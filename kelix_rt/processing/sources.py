@@ -19,6 +19,8 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_ASPECT = 200
+# Of strangers: Pillow opens many more, some by running another program (Ghostscript).
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def load_image(
@@ -33,7 +35,8 @@ def load_image(
     blended), palette and grey images are expanded, and the EXIF orientation is not applied, as in
     training.
     max_image_pixels: largest width * height accepted, in pixels.
-    allow_files: False refuses paths and `file://` URLs, for sources that come from strangers.
+    allow_files: False refuses paths, `file://` URLs and all but the COMMON_FORMATS, for sources
+    that come from strangers.
 
     Raises InputError for anything that cannot be read as an image, has no pixels, more than
     `max_image_pixels`, or one side more than 200 times the other.
@@ -44,7 +47,7 @@ def load_image(
     if not data:
         raise InputError(f"load_image: {name} is empty (0 bytes); expected an encoded image")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=None if allow_files else COMMON_FORMATS)
     except Image.DecompressionBombError as error:
         raise InputError(f"load_image: {name} has too many pixels to be opened: {error}") from error
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
@@ -96,8 +99,8 @@ def _read(source: object, allow_files: bool) -> tuple[bytes, str]:
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):
             raise InputError(
-                f"load_image: {_short(source)} is a web address; fetching it is the caller's job, "
-                "pass the bytes, a data: URL or a path"
+                f"load_image: {_short(source)!r} is a web address; fetching it is the caller's "
+                "job, pass the bytes, a data: URL or a path"
             )
         if scheme.startswith("data:"):
             return _read_data_url(source), "the data: URL"

@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from kelix_rt import __version__
 from kelix_rt.errors import KelixError
 from kelix_rt.reply import ReplyText
 from kelix_rt.serve.chat import Completion
-from kelix_rt.serve.errors import GoneError, UnknownModelError, error_body, failed, refused
+from kelix_rt.serve.errors import (
+    GoneError,
+    UnknownModelError,
+    crashed,
+    declined,
+    error_body,
+    failed,
+    refused,
+)
 from kelix_rt.serve.images import draw
-from kelix_rt.serve.protocol import Body, ChatBody, ImageBody
+from kelix_rt.serve.protocol import ChatBody, ImageBody
 from kelix_rt.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
@@ -36,7 +45,7 @@ def create_app(engine: Engine, name: str, max_requests: int = 256) -> FastAPI:
     where the checkpoint has no tokenizer. An engine for strangers is made with allow_files=False.
     """
     text, config = engine.text, engine.config.qwen_config
-    started = int(time.time())
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "kelix_rt"}
     worker = EngineWorker(engine, max_requests)
 
     @asynccontextmanager
@@ -62,13 +71,18 @@ def create_app(engine: Engine, name: str, max_requests: int = 256) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model there is."""
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "kelix_rt"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """The same, by its name."""
+        _check_model(model, name)
+        return entry
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
         """An answer to messages; pictures in them as base64 data: URLs."""
-        _check_model(body, name)
+        _check_model(body.model, name)
         answer = Completion(worker, ReplyText(text, config), name, body)
         if not body.stream:
             return JSONResponse(await _while_connected(request, answer.whole()))
@@ -78,18 +92,20 @@ def create_app(engine: Engine, name: str, max_requests: int = 256) -> FastAPI:
     @app.post("/v1/images/generations", response_model=None)
     async def images(body: ImageBody, request: Request) -> Response:
         """Pictures of a description."""
-        _check_model(body, name)
+        _check_model(body.model, name)
         return JSONResponse(await _while_connected(request, draw(worker, body)))
 
     app.add_exception_handler(KelixError, failed)
-    app.add_exception_handler(Exception, failed)  # this one is logged too
+    app.add_exception_handler(Exception, crashed)
+    app.add_exception_handler(RecursionError, failed)
     app.add_exception_handler(RequestValidationError, refused)
+    app.add_exception_handler(HTTPException, declined)
     return app
 
 
-def _check_model(body: Body, name: str) -> None:
-    if body.model not in (None, name):
-        raise UnknownModelError(f"the model {body.model!r} is not served here, {name!r} is")
+def _check_model(model: str | None, name: str) -> None:
+    if model not in (None, name):
+        raise UnknownModelError(f"the model {model!r} is not served here, {name!r} is")
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kelix_rt.reply import ReplyText
 from kelix_rt.request import BlockEvent, Event, RequestDone
-from kelix_rt.serve.errors import error_response
+from kelix_rt.serve.errors import logged_response
 from kelix_rt.serve.protocol import ChatBody, usage_json
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ class Completion:
     """One answer under way. Raises InputError for impossible values of `body`."""
 
     def __init__(self, worker: EngineWorker, reply: ReplyText, name: str, body: ChatBody) -> None:
-        sampling, options = body.sampling(), body.chat_template_kwargs
+        sampling, options, messages = body.sampling(), body.chat_template_kwargs, body.turns()
 
         def add(engine: Engine) -> int:
-            return engine.add_chat(body.messages, sampling, template_options=options)
+            return engine.add_chat(messages, sampling, template_options=options)
 
         self._events = worker.events(add)
         self._reply = reply
@@ -65,7 +65,7 @@ class Completion:
                 async for event in self._events:
                     yield self._chunk_of(event)
             except Exception as error:
-                yield f"data: {bytes(error_response(error).body).decode()}\n\n"
+                yield f"data: {bytes(logged_response(error).body).decode()}\n\n"
         yield "data: [DONE]\n\n"
 
     def _text(self, event: Event) -> str:

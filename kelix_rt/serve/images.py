@@ -10,6 +10,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kelix_rt.errors import InputError
 from kelix_rt.request import ImageDone, ImageOutput, RenderParams, SamplingParams
 from kelix_rt.serve.protocol import ImageBody
 
@@ -25,6 +26,8 @@ async def draw(worker: EngineWorker, body: ImageBody) -> dict[str, Any]:
 
     Raises InputError for impossible values of `body`, and what a request fails with.
     """
+    if body.n > worker.limit:
+        raise InputError(f"n must be at most {worker.limit} here, got {body.n}")
     wanted = [(body.sampling(index), body.render(index)) for index in range(body.n)]
     drawings = [asyncio.create_task(_draw_one(worker, body.prompt, *each)) for each in wanted]
     try:

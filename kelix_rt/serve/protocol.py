@@ -13,14 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kelix_rt.errors import InputError
 from kelix_rt.request import GREEDY_DRAWING, RenderParams, SamplingParams, Usage
 
+LONGEST_SIDE = {"webp": 16383, "jpeg": 65500}
 
-class Body(BaseModel):
-    """A request's fields that every route takes. model: what /v1/models names; user: not used."""
+
+class Fields(BaseModel):
+    """An object of a request."""
 
     model_config = ConfigDict(extra="forbid")
-
-    model: str | None = None
-    user: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -31,18 +30,30 @@ class Body(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-class StreamOptions(BaseModel):
+class Body(Fields):
+    """A request's fields that every route takes. model: what /v1/models names; user: not used."""
+
+    model: str | None = None
+    user: str | None = None
+
+
+class StreamOptions(Fields):
     """include_usage: send one more chunk, with the usage, behind the last."""
 
-    model_config = ConfigDict(extra="forbid")
-
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TextFormat(Fields):
+    """The only form of an answer."""
+
+    type: Literal["text"] = "text"
 
 
 class ChatBody(Body):
     """POST /v1/chat/completions. max_tokens counts blocks; `chat_template_kwargs` go to the chat
-    template. What is not given is SamplingParams' default. Of n, logprobs and the penalties only
-    the value that changes nothing is taken."""
+    template. What is not given is SamplingParams' default. Of the fields behind it only the value
+    that changes nothing is taken."""
 
     messages: list[dict[str, Any]]
     temperature: float | None = None
@@ -52,13 +63,30 @@ class ChatBody(Body):
     seed: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    n: Literal[1] = 1
-    logprobs: Literal[False] = False
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    n: Literal[1] = 1
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
+    logprobs: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+    stop: list[str] | None = Field(None, max_length=0)
+    response_format: TextFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = False
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages, with `developer`, the newer name of `system`, as that."""
+        return [
+            {**message, "role": "system"} if message.get("role") == "developer" else message
+            for message in self.messages
+        ]
 
     def sampling(self) -> SamplingParams:
         """Raises InputError for impossible values."""
@@ -86,9 +114,20 @@ class ImageBody(Body):
     scheduler: Literal["euler", "dpm++"] = "euler"
     temperature: float = 0.0
 
+    stream: Literal[False] = False
+    quality: Literal["auto", "standard"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto", "low"] = "auto"
+
     def render(self, index: int) -> RenderParams:
         """How picture `index` is drawn. Raises InputError for impossible values."""
         width, height = _size(self.size)
+        longest = LONGEST_SIDE.get(self.output_format)
+        if longest is not None and max(width or 0, height or 0) > longest:
+            raise InputError(
+                f"size: a side of a {self.output_format} has at most {longest} pixels, got "
+                f"{self.size}"
+            )
         seed = None if self.seed is None else self.seed + index
         return RenderParams(height, width, self.steps, self.cfg, 3.0, self.scheduler, seed)
 

@@ -52,17 +52,18 @@ class EngineWorker:
 
     def __init__(self, engine: Engine, limit: int) -> None:
         self._engine = engine
-        self._limit = limit
+        self.limit = limit
         self._orders: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._running: dict[int, _Stream] = {}  # the thread's own
         self._lock = threading.Lock()  # of the two below
         self._open: set[_Stream] = set()
-        self._ended: str | None = None  # why
+        self._ended: str | None = "the server has not been started"
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kelix-engine", daemon=True)
 
     def start(self) -> None:
         """Starts the thread; once."""
+        self._ended = None
         self._thread.start()
 
     @property
@@ -106,9 +107,9 @@ class EngineWorker:
         with self._lock:
             if self._ended is not None:
                 raise EndedError(self._ended)
-            if limited and len(self._open) >= self._limit:
+            if limited and len(self._open) >= self.limit:
                 raise OverloadedError(
-                    f"{self._limit} requests are unfinished, as many as are taken at once; try "
+                    f"{self.limit} requests are unfinished, as many as are taken at once; try "
                     "again later"
                 )
             stream = _Stream()
@@ -116,9 +117,13 @@ class EngineWorker:
         return stream
 
     def _leave(self, stream: _Stream) -> None:
+        self._forget(stream)
+        self._orders.put(partial(self._abort, stream))
+
+    def _forget(self, stream: _Stream) -> None:
+        """Its place is free for another, though what it was sent may not be read yet."""
         with self._lock:
             self._open.discard(stream)
-        self._orders.put(partial(self._abort, stream))
 
     def _run(self) -> None:
         ended = "the server is shutting down"
@@ -151,6 +156,7 @@ class EngineWorker:
             stream.number = add(self._engine)
         except Exception as error:
             stream.put(error)
+            self._forget(stream)
         else:
             self._running[stream.number] = stream
 
@@ -165,3 +171,4 @@ class EngineWorker:
         stream.put(event.error if isinstance(event, RequestFailed) else event)
         if isinstance(event, RequestDone | RequestFailed):
             del self._running[event.request_id]
+            self._forget(stream)

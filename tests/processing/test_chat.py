@@ -96,7 +96,7 @@ def test_resize_limits_of_a_part() -> None:
 
 
 def test_markers_in_front_of_every_row() -> None:
-    markers = PositionMarkers.from_tokens(TEXT, "<|pos_start|>", "<|pos_end|>", "{row}/{rows}")
+    markers = PositionMarkers(386, 387, "{row}/{rows}")
     prompt = processor(markers=markers).encode(user({"type": "image", "image": red(112, 56)}))
     rows = [[386, *TEXT.encode(f"{row}/2"), 387, *[PAD] * 4] for row in range(2)]
     at = prompt.ids.index(START)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from kelix_rt.errors import InputError
 from kelix_rt.processing import load_image
+from kelix_rt.processing.sources import COMMON_FORMATS
 
 PHOTO = Path(__file__).parents[2] / "kelix_rt" / "assets" / "photo.jpg"
 
@@ -176,3 +177,13 @@ def test_files_can_be_switched_off() -> None:
         with pytest.raises(InputError, match="switched off"):
             load_image(source, allow_files=False)
     assert load_image(PHOTO.read_bytes(), allow_files=False).size == (320, 213)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "EPS"])
+def test_strangers_have_the_common_formats(kind: str) -> None:
+    data = encoded(noise(), kind)
+    if kind in COMMON_FORMATS:
+        assert load_image(data, allow_files=False).size == (40, 30)
+    else:
+        with pytest.raises(InputError, match="is not an image Pillow can read"):
+            load_image(data, allow_files=False)

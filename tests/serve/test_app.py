@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +16,9 @@ import pytest
 from PIL import Image
 
 from kelix_rt import Engine, RenderParams, SamplingParams
-from kelix_rt.request import Event
+from kelix_rt.processing import ImageProcessor
 from kelix_rt.serve.protocol import ChatBody
-from tests.serve.conftest import NAME, client_of
+from tests.serve.conftest import NAME, client_of, wait_until_idle
 
 CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -46,7 +45,8 @@ def test_chat_answers_as_the_engine(client: httpx.Client, engine: Engine) -> Non
     ]
     messages = [{"role": "user", "content": content}]
     body = {"model": NAME, "messages": messages, "seed": 3, "top_k": 20, "max_tokens": 12}
-    body |= {"stop": None, "n": 1, "frequency_penalty": 0.0}
+    body |= {"stop": None, "n": 1, "frequency_penalty": 0.0, "response_format": {"type": "text"}}
+    body |= {"tools": [], "logit_bias": {}, "stream_options": {"include_usage": None}}
     expected = engine.chat(messages, SamplingParams(seed=3, top_k=20, max_blocks=12))
     answer = client.post(CHAT, json=body).json()  # from here on the engine is the server's
     (choice,) = answer["choices"]
@@ -110,8 +110,9 @@ def test_requests_of_several_clients_share_steps(client: httpx.Client) -> None:
         (CHAT, {"messages": HELLO, "model": "other"}, 404, "'other' is not served here"),
         (CHAT, {}, 400, "messages: Field required"),
         (CHAT, {"messages": HELLO, "n": 2}, 400, "n: Input should be 1"),
-        (CHAT, {"messages": HELLO, "stop": ["x"]}, 400, "stop: Extra inputs are not permitted"),
+        (CHAT, {"messages": HELLO, "stop": ["x"]}, 400, "stop: List should have at most 0 items"),
         (CHAT, {"messages": HELLO, "top_p": 0}, 400, r"top_p must be a number in \(0.0, 1.0\]"),
+        (CHAT, {"messages": HELLO, "best_of": 2}, 400, "best_of: Extra inputs are not permitted"),
         (CHAT, {"messages": HELLO, "presence_penalty": 0.5}, 400, "presence_penalty: Input should"),
         (
             CHAT,
@@ -137,9 +138,25 @@ def test_requests_of_several_clients_share_steps(client: httpx.Client) -> None:
             400,
             "reading files is switched off",
         ),
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": "http://\ud800"}]}
+                ]
+            },
+            400,
+            "is a web address",
+        ),
         (IMAGES, {"prompt": ""}, 400, "empty"),
         (IMAGES, {"prompt": "a", "size": "12"}, 400, "WIDTHxHEIGHT"),
         (IMAGES, {"prompt": "a", "size": "60000x60000"}, 400, "max_drawn_pixels"),
+        (
+            IMAGES,
+            {"prompt": "a", "size": "64x16400", "output_format": "webp"},
+            400,
+            "a webp has at most 16383 pixels",
+        ),
         (IMAGES, {"prompt": "a", "steps": 0}, 400, "steps"),
         (IMAGES, {"prompt": "a", "n": 17}, 400, "n: Input should be less than or equal to 16"),
         (IMAGES, {"prompt": "a", "response_format": "url"}, 400, "response_format: Input should"),
@@ -149,7 +166,8 @@ def test_bad_input_is_told(
     client: httpx.Client, path: str, body: dict[str, Any], status: int, message: str
 ) -> None:
     for streamed in (False, True) if path == CHAT else (False,):
-        answer = client.post(path, json={**body, "stream": True} if streamed else body)
+        sent = json.dumps({**body, "stream": True} if streamed else body)
+        answer = client.post(path, content=sent, headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
         assert error["type"] == "invalid_request_error"
@@ -166,20 +184,61 @@ def test_a_body_that_is_no_json(client: httpx.Client) -> None:
 def test_models_health_and_unknown_routes(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == NAME
+    assert client.get(f"/v1/models/{NAME}").json() == model
     assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/v1/nothing").status_code == 404
+    for unknown in ("/v1/models/owner/other", "/v1/nothing"):
+        answer = client.get(unknown)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (
+            404,
+            "invalid_request_error",
+        )
+    assert client.get(CHAT).json()["error"]["message"] == "Method Not Allowed"
+
+
+def test_many_small_pictures_are_refused_before_they_are_cut_up(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[Image.Image] = []
+    patchify = ImageProcessor.patchify
+
+    def counted(self: ImageProcessor, image: Image.Image) -> Any:
+        cut.append(image)
+        return patchify(self, image)
+
+    monkeypatch.setattr(ImageProcessor, "patchify", counted)
+    part = {"type": "image_url", "image_url": {"url": picture_url()}}
+    body = {"messages": [{"role": "user", "content": [part] * 1000}]}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 400
+    assert "max_model_len is 512; send fewer" in answer.json()["error"]["message"]
+    assert sum(image.width * image.height for image in cut) <= 512 * 28 * 28
+
+
+def test_the_developer_is_the_system(client: httpx.Client) -> None:
+    def ask(role: str) -> Any:
+        messages = [{"role": role, "content": "Be brief"}, *HELLO]
+        return client.post(CHAT, json={"messages": messages, "seed": 1}).json()["choices"]
+
+    assert ask("developer") == ask("system")
 
 
 def test_more_requests_than_are_taken(engine: Engine) -> None:
     with client_of(engine, max_requests=2) as client:
         answer = client.post(IMAGES, json={"prompt": "a", "n": 3, "steps": 1})
-        assert answer.status_code == 429
-        assert "2 requests are unfinished" in answer.json()["error"]["message"]
-        assert client.post(IMAGES, json={"prompt": "a", "n": 2, "steps": 1}).status_code == 200
+        assert answer.status_code == 400
+        assert "n must be at most 2 here" in answer.json()["error"]["message"]
+        for n, statuses in ((1, {200}), (2, {200, 429})):
+            body = {"prompt": "a", "n": n, "steps": 30}
+            with ThreadPoolExecutor(2) as pool:
+                answers = list(pool.map(lambda _: client.post(IMAGES, json=body), range(2)))  # noqa: B023
+            assert {answer.status_code for answer in answers} == statuses
 
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_chunk(
-    client: httpx.Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = engine.runner.blocks.launch
 
@@ -193,6 +252,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_chunk(
     with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
         *_, last = chunks(response.iter_lines())
     assert last["error"]["message"] == "MemoryError: none left"
+    assert "none left" in caplog.text
     assert client.post(CHAT, json=body).status_code == 500
     monkeypatch.undo()
     assert client.post(CHAT, json=body).status_code == 200
@@ -200,18 +260,12 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_chunk(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+    slow_engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    step, sampling = engine.step, SamplingParams(0.0, max_blocks=400, ignore_eos=True)
-
-    def slow() -> list[Event]:
-        time.sleep(0.02)
-        return step()
-
-    monkeypatch.setattr(engine, "step", slow)
+    sampling = SamplingParams(0.0, max_blocks=400, ignore_eos=True)
     monkeypatch.setattr(ChatBody, "sampling", lambda _: sampling)
-    before = engine.stats().blocks
-    with client_of(engine) as client:
+    before = slow_engine.stats().blocks
+    with client_of(slow_engine) as client:
         body = {"messages": HELLO, "stream": stream}
         if stream:
             with client.stream("POST", CHAT, json=body) as response:
@@ -219,7 +273,6 @@ def test_a_client_that_leaves_ends_its_request(
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(CHAT, json=body, timeout=httpx.Timeout(60, read=0.5))
-        while engine.has_work:
-            time.sleep(0.02)
+        wait_until_idle(slow_engine)
         assert client.get("/health").json() == {"status": "ok"}
-    assert engine.stats().blocks - before < 400
+    assert slow_engine.stats().blocks - before < 400
