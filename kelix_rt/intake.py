@@ -19,8 +19,7 @@ from kelix_rt.stages.encode import block_count, check_patches
 SPLITMIX_STEP = 0x9E3779B97F4A7C15
 UINT64 = (1 << 64) - 1
 DEFAULT_MAX_BLOCKS = 256
-# A template of a request's own could also compute for ever.
-NO_TEMPLATE_OPTIONS = frozenset(("self", "messages", "conversation", "chat_template", "tokenize"))
+NO_TEMPLATE_OPTIONS = frozenset(("self", "messages", "conversation", "tokenize"))
 Expand = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -66,7 +65,7 @@ def checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise InputError(f"template_options must be a mapping of names, got {options!r}")
     if own := sorted(NO_TEMPLATE_OPTIONS & set(options)):
-        raise InputError(f"template_options: {own} are set by the engine, not by requests")
+        raise InputError(f"template_options: {own} are set by the engine itself")
     return options
 
 

@@ -91,6 +91,8 @@ def test_options_of_the_template_reach_it(engine: Engine) -> None:
     for wrong in ([1], {1: 2}):
         with pytest.raises(InputError, match="template_options must be a mapping of names"):
             engine.chat_prompt("Hello", template_options=wrong)
+    with pytest.raises(InputError, match=r"\['tokenize'\] are set by the engine itself"):
+        engine.chat_prompt("Hello", template_options={"tokenize": True})
 
 
 def test_messages_may_be_used_again_at_once(held: tuple[Engine, Held]) -> None:

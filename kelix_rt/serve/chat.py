@@ -23,7 +23,7 @@ class Completion:
     """One answer under way. Raises InputError for impossible values of `body`."""
 
     def __init__(self, worker: EngineWorker, reply: ReplyText, name: str, body: ChatBody) -> None:
-        sampling, options, messages = body.sampling(), body.chat_template_kwargs, body.turns()
+        sampling, options, messages = body.sampling(), body.template_options(), body.turns()
 
         def add(engine: Engine) -> int:
             return engine.add_chat(messages, sampling, template_options=options)

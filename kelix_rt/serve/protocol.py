@@ -81,6 +81,12 @@ class ChatBody(Body):
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
 
+    def template_options(self) -> dict[str, Any] | None:
+        """Raises InputError for a template of the request's own: it could compute for ever."""
+        if self.chat_template_kwargs and "chat_template" in self.chat_template_kwargs:
+            raise InputError("chat_template_kwargs: chat_template is the server's to choose")
+        return self.chat_template_kwargs
+
     def turns(self) -> list[dict[str, Any]]:
         """The messages, with `developer`, the newer name of `system`, as that."""
         return [
