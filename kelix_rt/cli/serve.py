@@ -47,7 +47,8 @@ def serve(
         from kelix_rt.serve.app import create_app
     except ImportError as error:
         raise ConfigError(
-            f"kelix serve needs more packages ({error}); run `pip install 'kelix-rt[serve]'`"
+            f"kelix serve needs more packages ({error}); run `pip install -e '.[serve]'` in "
+            "the source directory"
         ) from error
     from kelix_rt.checkpoint import resolve
     from kelix_rt.loading import find_drawing

@@ -1,4 +1,4 @@
 """An HTTP server over one engine, with the routes of OpenAI's API (`kelix serve`).
 
-Needs the optional packages of `pip install 'kelix-rt[serve]'`.
+Needs the optional packages of `pip install -e '.[serve]'`.
 """

@@ -35,4 +35,4 @@ def test_absent_packages_are_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run("serve") == 2
-    assert "pip install 'kelix-rt[serve]'" in " ".join(capsys.readouterr().err.split())
+    assert "pip install -e '.[serve]'" in " ".join(capsys.readouterr().err.split())
