@@ -50,27 +50,20 @@ def serve(
             f"kelix serve needs more packages ({error}); run `pip install -e '.[serve]'` in "
             "the source directory"
         ) from error
-    from kelix_rt.checkpoint import resolve
-    from kelix_rt.loading import find_drawing
-
-    drawing = find_drawing(resolve(model), dit, vae) is not None
     engine = load_engine(
         model,
         dit,
         vae,
         device,
         dtype,
-        drawing=drawing,
+        drawing=None,
         kv_dtype=kv_dtype,
         quantization=quantization,
         max_batch=max_batch,
         allow_files=False,
     )
     engine.warm_up()
-    stderr().print(
-        f"chat{' and drawing' if drawing else ', no drawing (it has no DiT and autoencoder)'}; "
-        "/docs describes the routes",
-        style="dim",
-    )
+    drawing = "drawing" if engine.options.drawing else "no drawing (it has no DiT and autoencoder)"
+    stderr().print(f"chat and {drawing}; /docs describes the routes", style="dim")
     app = create_app(engine, name or Path(model).resolve().name, max_requests)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=10)

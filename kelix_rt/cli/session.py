@@ -31,11 +31,12 @@ def load_engine(
     device: str,
     dtype: str,
     *,
-    drawing: bool,
+    drawing: bool | None,
     **options: Any,
 ) -> Engine:
     """An engine, with DiT and VAE where `drawing`: ConfigError before any weight is read if they
-    are absent. What no seed is given for differs from run to run. options: of EngineConfig.
+    are absent; None takes them where they are found. What no seed is given for differs from run to
+    run. options: of EngineConfig.
     """
     from kelix_rt.checkpoint import resolve
     from kelix_rt.config import EngineConfig
@@ -45,7 +46,7 @@ def load_engine(
     from kelix_rt.memory import plan
 
     directory = resolve(model)
-    found = find_drawing(directory, dit, vae, drawing)
+    found = find_drawing(directory, dit, vae, drawing is not False)
     if drawing and found is None:
         raise ConfigError(
             f"drawing needs the image DiT and its VAE: {directory} has no subfolders dit/ and "
@@ -54,7 +55,8 @@ def load_engine(
     dit_path, vae_path = found or (None, None)
     sources = [directory] if dit_path is None else [directory, dit_path]
     chosen = choose_dtype(dtype)
-    config = EngineConfig(drawing=drawing, **options)
+    options["drawing"] = found is not None
+    config = EngineConfig(**options)
     plans = [plan(path, options=config, dtype=chosen) for path in sources]
     entries = [entry for ledger in plans for entry in ledger.entries]
     total = sum(entry.num_bytes for entry in entries if entry.name in STREAMED)
@@ -66,7 +68,6 @@ def load_engine(
             vae=vae_path,
             device=device,
             dtype=dtype,
-            drawing=drawing,
             seed=secrets.randbits(63),
             on_tensor=lambda _, size: bar.advance(task, size),
             **options,

@@ -17,6 +17,13 @@ LOW_PRECISION = 2e-2  # relative RMS of a bfloat16 or float16 run against float3
 UNEQUAL_PIXELS = 5e-3
 
 
+def read_notes(directory: Path) -> dict[str, Any]:
+    """The values of `fixtures.json`; none where there is no such file."""
+    file = directory / "fixtures.json"
+    notes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return notes
+
+
 class Fixtures:
     """Tensors of `fixtures.safetensors` and values of `fixtures.json`, compared for one dtype.
 
@@ -26,10 +33,7 @@ class Fixtures:
     def __init__(self, path: Path | str, device: torch.device | str, dtype: torch.dtype) -> None:
         directory = Path(path)
         self.tensors = load_file(directory / "fixtures.safetensors", device=str(device))
-        notes = directory / "fixtures.json"
-        self.notes: dict[str, Any] = {}
-        if notes.exists():
-            self.notes = json.loads(notes.read_text(encoding="utf-8"))
+        self.notes = read_notes(directory)
         self.exact = dtype == torch.float32
 
     def __contains__(self, key: object) -> bool:

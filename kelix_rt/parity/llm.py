@@ -8,11 +8,9 @@ counts where the golden gap between the two best logits exceeds that error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from kelix_rt.models.condition import build_condition, find_condition
 from kelix_rt.models.language_model import KelixLM
 from kelix_rt.ops.sampling import kept_scores
 from kelix_rt.parity import report
+from kelix_rt.parity.fixtures import read_notes
 from kelix_rt.parity.report import Check
 from kelix_rt.processing.chat import image_prompt
 
@@ -80,10 +79,7 @@ class _Golden:
         self.lm = lm
         self.exact = lm.dtype == torch.float32
         self.tensors = load_file(path / "fixtures.safetensors", device=str(lm.device))
-        notes = path / "fixtures.json"
-        self.meta: dict[str, Any] = {}
-        if notes.is_file():
-            self.meta = json.loads(notes.read_text(encoding="utf-8"))
+        self.meta = read_notes(path)
 
     def get(self, key: str) -> Tensor | None:
         return self.tensors.get(key)
